@@ -1,0 +1,31 @@
+"""Wrappers, stacks, the journal and their errors. Knows torch.nn, and nothing of Hugging Face."""
+
+from .backend import Backend, Choice, check_name, choose
+from .edit import Journal
+from .errors import BackendError, CompatibilityError, IrreversibleError
+from .explain import Explanation, explain
+from .stack import Stack, compose, resolve, stack_of, undo
+from .wrapper import WRAPPERS, Host, Phase, Report, Wrapper
+
+__all__ = [
+    "WRAPPERS",
+    "Backend",
+    "BackendError",
+    "Choice",
+    "CompatibilityError",
+    "Explanation",
+    "Host",
+    "IrreversibleError",
+    "Journal",
+    "Phase",
+    "Report",
+    "Stack",
+    "Wrapper",
+    "check_name",
+    "choose",
+    "compose",
+    "explain",
+    "resolve",
+    "stack_of",
+    "undo",
+]

@@ -1,0 +1,103 @@
+"""The journal of what was changed on a model: plain data, so undo is exact and survives deepcopy and pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import reduce
+from typing import Any
+
+from torch import nn
+
+
+class _Missing(Enum):
+    """Stands for "there was no such attribute". An enum member stays the same object through deepcopy and pickle."""
+
+    MISSING = "missing"
+
+
+MISSING = _Missing.MISSING
+
+
+def resolve_path(model: nn.Module, path: str) -> Any:
+    """The submodule or attribute (such as `"config"`) at a dotted `path` below `model`; `""` is the model itself."""
+    return reduce(getattr, path.split("."), model) if path else model
+
+
+def _is_ours(current: object, new: object) -> bool:
+    return current is new or (
+        isinstance(new, str | int | float | tuple) and type(current) is type(new) and current == new
+    )
+
+
+@dataclass(frozen=True)
+class SetAttribute:
+    """`path.name` went from `old` to `new`."""
+
+    path: str
+    name: str
+    old: Any
+    new: Any
+
+    def intact(self, model: nn.Module) -> bool:
+        """Whether the attribute still is what we set."""
+        return _is_ours(getattr(resolve_path(model, self.path), self.name, MISSING), self.new)
+
+    def undo(self, model: nn.Module) -> None:
+        # What the user has set since stays as the user set it.
+        if not self.intact(model):
+            return
+        owner = resolve_path(model, self.path)
+        if self.old is MISSING:
+            delattr(owner, self.name)
+        else:
+            setattr(owner, self.name, self.old)
+
+
+@dataclass(frozen=True)
+class AddPreHook:
+    """A forward pre-hook with key `hook_id` was registered on the module at `path`."""
+
+    path: str
+    hook_id: int
+
+    def intact(self, model: nn.Module) -> bool:
+        """Whether the hook is still there."""
+        return self.hook_id in resolve_path(model, self.path)._forward_pre_hooks
+
+    def undo(self, model: nn.Module) -> None:
+        module = resolve_path(model, self.path)
+        module._forward_pre_hooks.pop(self.hook_id, None)
+        module._forward_pre_hooks_with_kwargs.pop(self.hook_id, None)
+
+
+@dataclass
+class Journal:
+    """Makes changes to a model and remembers them, in order."""
+
+    edits: list[SetAttribute | AddPreHook] = field(default_factory=list[SetAttribute | AddPreHook])
+
+    def set(self, model: nn.Module, path: str, name: str, value: Any) -> None:
+        """Set attribute `name` of the object at `path` to `value`."""
+        owner = resolve_path(model, path)
+        edit = SetAttribute(path, name, getattr(owner, name, MISSING), value)
+        setattr(owner, name, value)
+        self.edits.append(edit)
+
+    def add_pre_hook(self, model: nn.Module, path: str, hook: Callable[..., Any]) -> None:
+        """Register `hook(module, args, kwargs)` before the forward of the module at `path`.
+
+        `hook` is a module-level function, so that the model can still be pickled.
+        """
+        handle = resolve_path(model, path).register_forward_pre_hook(hook, with_kwargs=True)
+        self.edits.append(AddPreHook(path, handle.id))
+
+    def intact(self, model: nn.Module) -> bool:
+        """Whether all changes still stand, or the user has changed one of them since."""
+        return all(edit.intact(model) for edit in self.edits)
+
+    def undo(self, model: nn.Module) -> None:
+        """Put everything back, last change first."""
+        while self.edits:
+            self.edits.pop().undo(model)

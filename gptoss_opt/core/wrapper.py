@@ -1,0 +1,145 @@
+"""What a wrapper is: a frozen dataclass that says what it will do to a model, and does it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, ClassVar, Protocol, TypeVar, overload
+
+from torch import nn
+
+from .backend import Choice
+from .edit import Journal
+
+Model = TypeVar("Model", bound=nn.Module)
+Built = TypeVar("Built")
+
+
+class Phase(IntEnum):
+    """The canonical order of wrappers. The order in which the user calls them never matters."""
+
+    LAYOUT = 0
+    COMPUTE = 1
+    ADAPT = 2
+    OBSERVE = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `attach` did, for `explain`: one sentence per change, and the backend it chose (if it has backends)."""
+
+    changed: tuple[str, ...]
+    choice: Choice | None = None
+
+
+class Host(Protocol):
+    """The kind of model that a wrapper belongs on."""
+
+    def why_not(self, model: nn.Module) -> str | None:
+        """The reason why `model` is not such a model, with what to do instead, or None."""
+        ...
+
+    def privatise(self, model: nn.Module, journal: Journal) -> None:
+        """Give `model` its own copy of whatever it may share with other models (its config)."""
+        ...
+
+
+class AnyModule:
+    """The host of wrappers that go on any `nn.Module`."""
+
+    def why_not(self, model: nn.Module) -> str | None:
+        return None
+
+    def privatise(self, model: nn.Module, journal: Journal) -> None:
+        return None
+
+
+WRAPPERS: dict[str, type[Wrapper]] = {}
+"""Every wrapper class by its public name: how a stack comes back from JSON, and what the contract tests run over."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Wrapper:
+    """Base of all wrappers. Subclasses are frozen dataclasses whose fields are the user's options.
+
+    Conflicts are data. Two wrappers with one claim in common cannot be stacked; neither can one that `provides` a
+    trait with one that `refuses` it. `check` is for arithmetic only (does 8 divide over 16?).
+
+    Class attributes:
+        name: the public function that builds it, such as `"with_flash_attention"`.
+        phase: where it stands in the canonical order.
+        host: the kind of model it goes on.
+        claims: slots that only one wrapper may hold.
+        provides: traits that the wrapped model has.
+        refuses: traits it cannot live with, each with why and what to do instead.
+        reversible: whether `undo` can take it off.
+    """
+
+    name: ClassVar[str]
+    phase: ClassVar[Phase]
+    host: ClassVar[Host] = AnyModule()
+    claims: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[tuple[str, ...]] = ()
+    refuses: ClassVar[Mapping[str, str]] = {}
+    reversible: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            WRAPPERS[cls.name] = cls
+
+    def check(self, model: nn.Module) -> Iterable[str]:
+        """Problems with this very model, as sentences. Touches nothing."""
+        return ()
+
+    def attach(self, model: nn.Module, journal: Journal) -> Report:
+        """Change `model` through `journal`, and say what was changed."""
+        raise TypeError(f"{type(self).__name__} does not define attach(model, journal)")
+
+    def options(self) -> dict[str, Any]:
+        """The options by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __repr__(self) -> str:
+        set_by_user = (
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default
+        )
+        return f"{self.name}({', '.join(set_by_user)})"
+
+    @overload
+    def __call__(self, target: Model) -> Model: ...
+    @overload
+    def __call__(self, target: Callable[..., Built]) -> Callable[..., Built]: ...
+    def __call__(self, target: Any) -> Any:
+        """Apply to a model (the same object is returned), or decorate a function that returns one."""
+        from .stack import apply
+
+        return call_form(target, repr(self), lambda model: apply(model, (self,)))
+
+
+def call_form(target: Any, label: str, apply_to: Callable[[nn.Module], nn.Module]) -> Any:
+    """The call forms that wrappers and stacks share: on a model, or on a function that returns a model."""
+    if isinstance(target, nn.Module):
+        return apply_to(target)
+    if inspect.isclass(target):
+        raise TypeError(
+            f"{label} was given the class {target.__name__}, not a model. Build one first: "
+            f"{target.__name__}.from_pretrained(...) or {target.__name__}(config)."
+        )
+    if isinstance(target, Wrapper):
+        raise TypeError(f"{label} was given the wrapper {target!r}, not a model. Join wrappers with compose(...).")
+    if not callable(target):
+        raise TypeError(f"{label} was given a {type(target).__name__}, not a model or a function that returns one.")
+
+    @functools.wraps(target)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        model = target(*args, **kwargs)
+        if not isinstance(model, nn.Module):
+            name = getattr(target, "__name__", repr(target))
+            raise TypeError(f"{label} decorates {name}(), which returned a {type(model).__name__}, not a model.")
+        return apply_to(model)
+
+    return factory

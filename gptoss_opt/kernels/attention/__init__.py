@@ -1,0 +1,97 @@
+"""Attention with sinks, causal, with or without a sliding window: `attention` and its backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, AttentionRequest
+from .op import sink_attention
+from .reference import reference_attention
+from .visible import Visible, starts_from_cu_seq_lens, starts_from_positions
+
+__all__ = [
+    "BACKENDS",
+    "AttentionRequest",
+    "Visible",
+    "attention",
+    "starts_from_cu_seq_lens",
+    "starts_from_positions",
+]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    visible: Visible = Visible(),
+    backend: str = "torch",
+) -> Tensor:
+    """Causal attention in which each head has a sink: one more logit in the softmax, with no value behind it.
+
+    `out = softmax([q k^T * scale, sink])[..., :-1] v` (GPT-OSS model card, arXiv:2508.10925, section 2.2).
+
+    Args:
+        q: queries, [batch, num_heads, q_len, head_dim].
+        k: keys, [batch, num_kv_heads, kv_len, head_dim]; `num_heads` is a multiple of `num_kv_heads`.
+        v: values, like the keys.
+        sinks: [num_heads], any floating dtype.
+        scale: what the logits are multiplied with.
+        window: how many keys a query sees, itself included; None sees all.
+        visible: padding, packed sequences, the place of the queries among the keys, or a mask of your own.
+        backend: the name of one of `BACKENDS`.
+
+    Returns:
+        [batch, num_heads, q_len, head_dim], in q's dtype; differentiable in q, k, v and sinks.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+
+    Example:
+        >>> q, k, v = torch.randn(1, 8, 5, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+        >>> attention(q, k, v, torch.zeros(8), scale=0.25, window=3).shape
+        torch.Size([1, 8, 5, 16])
+    """
+    _check(q, k, v, sinks, visible, window)
+    if torch.is_autocast_enabled(q.device.type):
+        # The products are what autocast lowers; a rotary embedding in float32 leaves q and k in another dtype than v.
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"attention takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
+    if backend == "reference":
+        return reference_attention(q, k, v, sinks, visible, scale, window)
+    return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, window: int | None) -> None:
+    if not (q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0]):
+        raise ValueError(f"attention takes q, k, v [batch, heads, len, head_dim], not {[*map(_shape, (q, k, v))]}.")
+    if k.shape[3] != q.shape[3] or v.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {_shape(q)} does not go with k {_shape(k)} and v {_shape(v)}: head_dim or heads differ.")
+    if sinks.shape != q.shape[1:2]:
+        raise ValueError(f"one sink per query head: expected [{q.shape[1]}], got {_shape(sinks)}.")
+    if visible.q_start is None and visible.mask is None and q.shape[2] > k.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries but only {k.shape[2]} keys: each query needs its own key.")
+    if window is not None and window < 1:
+        raise ValueError(f"window counts the query's own key, so it is at least 1, not {window}.")
+    for name, tensor, shape in (
+        ("keys", visible.keys, (q.shape[0], k.shape[2])),
+        ("starts", visible.starts, (q.shape[0], q.shape[2])),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"visible.{name} is {_shape(tensor)}, expected {list(shape)}.")
+    if (mask := visible.mask) is not None:
+        fits = mask.ndim == 4 and mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
+        if not fits or mask.shape[2:] != (q.shape[2], k.shape[2]):
+            raise ValueError(
+                f"an attention mask for {q.shape[2]} queries and {k.shape[2]} keys is [batch or 1, heads or 1, "
+                f"{q.shape[2]}, {k.shape[2]}], not {_shape(mask)}."
+            )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,188 @@
+"""The backends of attention, in order of preference, and what each of them needs."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Protocol
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from . import tiled, varlen
+from .flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
+from .torch_cpu import TorchCpu
+from .torch_cuda import TorchEfficient, TorchFlash
+from .visible import Visible
+
+HALF = (torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, *HALF)
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What a backend must serve: where, in which dtype, and for which head size."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+
+
+class SinkKernel(Protocol):
+    """Attention with sinks, forward and backward. Shapes as in `tiled.forward` and `tiled.backward`."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]: ...
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        visible: Visible,
+        scale: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class FlashAttnPackage:
+    """A flash-attn package: CUDA, half precision.
+
+    Attributes:
+        distribution, module: what is installed, and what is imported.
+        oldest: the first version whose functions we know.
+        capabilities: the major compute capabilities it runs on.
+        dtypes: the dtypes it takes.
+    """
+
+    name: str
+    distribution: str
+    module: str
+    oldest: str
+    capabilities: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    kernel: varlen.VarlenKernel
+    only_named: bool = False
+
+    def why_not(self, request: AttentionRequest) -> str | None:
+        """The reason why it cannot serve, or None."""
+        if request.device_type != "cuda":
+            return f"needs CUDA, and the model is on {request.device_type}"
+        if request.dtype not in self.dtypes:
+            return f"takes {' and '.join(map(str, self.dtypes))}, and the model is in {request.dtype}"
+        if request.head_dim % 8 or request.head_dim > 256:
+            return f"needs a head_dim that is a multiple of 8, up to 256, not {request.head_dim}"
+        # A name below "flash_attn" belongs to whichever of the packages is installed, so ask for the distribution.
+        try:
+            version = metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return f"the package {self.distribution} is not installed"
+        if Version(version) < Version(self.oldest):
+            return f"needs {self.distribution} {self.oldest} or newer, not {version}"
+        if importlib.util.find_spec(self.module.split(".")[0]) is None:
+            return f"{self.distribution} {version} has no module {self.module}"
+        major, _ = torch.cuda.get_device_capability()
+        if major not in self.capabilities:
+            return f"does not run on a GPU of compute capability {major}.x"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        return varlen.forward(self.kernel, TorchEfficient(), q, k, v, sinks, visible, scale, window)
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        visible: Visible,
+        scale: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return varlen.backward(self.kernel, TorchEfficient(), d_out, q, k, v, out, lse, visible, scale, window)
+
+
+class Torch:
+    """torch's own kernels: the CPU flash kernel by tiles; on CUDA the flash kernel, and by tiles the efficient one."""
+
+    name = "torch"
+    only_named = False
+
+    def why_not(self, request: AttentionRequest) -> str | None:
+        """The reason why it cannot serve, or None."""
+        if request.device_type not in ("cpu", "cuda", "meta"):
+            return f"has no flash kernel that gives its log-sum-exp on {request.device_type}"
+        if request.device_type == "cuda" and torch.version.hip:
+            return "lays out its log-sum-exp differently on ROCm"
+        if request.dtype not in FLOATING or (request.device_type, request.dtype) == ("cuda", torch.float64):
+            return f"has no flash kernel for {request.dtype} on {request.device_type}"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        if q.device.type == "cpu":
+            return tiled.forward(TorchCpu(), q, k, v, sinks, visible, scale, window)
+        if _flash_takes(q):
+            return varlen.forward(TorchFlash(), TorchEfficient(), q, k, v, sinks, visible, scale, window)
+        return tiled.forward(TorchEfficient(), q, k, v, sinks, visible, scale, window)
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        visible: Visible,
+        scale: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if q.device.type == "cpu":
+            return tiled.backward(TorchCpu(), d_out, q, k, v, out, lse, visible, scale, window)
+        if _flash_takes(q):
+            return varlen.backward(TorchFlash(), TorchEfficient(), d_out, q, k, v, out, lse, visible, scale, window)
+        return tiled.backward(TorchEfficient(), d_out, q, k, v, out, lse, visible, scale, window)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    """Whether torch's flash kernel on CUDA takes these queries; its efficient one takes the others."""
+    dim = q.shape[-1]
+    return q.dtype in HALF and dim % 8 == 0 and dim <= 256 and torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
+class Reference:
+    """Plain matrix products, quadratic memory: defines the semantics, and is differentiated by autograd."""
+
+    name = "reference"
+    only_named = True
+
+    def why_not(self, request: AttentionRequest) -> str | None:
+        """None: it runs everywhere."""
+        return None
+
+
+_KERNELS = (
+    FlashAttnPackage("fa4", "flash-attn-4", "flash_attn.cute", "4.0.0b1", (9, 10, 11), HALF[:1], FlashAttn4()),
+    FlashAttnPackage("fa3", "flash-attn-3", "flash_attn_interface", "3.0.0b1", (9,), HALF, FlashAttn3()),
+    FlashAttnPackage("fa2", "flash-attn", "flash_attn", "2.7.1", (8, 9, 10, 11, 12), HALF, FlashAttn2()),
+    Torch(),
+)
+
+BACKENDS = (*_KERNELS, Reference())
+
+
+def kernel_named(name: str) -> SinkKernel:
+    """The kernel of a backend that has one (all but the reference)."""
+    return next(kernel for kernel in _KERNELS if kernel.name == name)

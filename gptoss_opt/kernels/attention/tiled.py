@@ -1,0 +1,197 @@
+"""Exact attention with sinks, forward and backward, from any flash kernel that does one tile.
+
+Two facts carry it:
+- a sink is a key with a zero value, so the output starts as "only the sink was seen" and each tile is merged in
+  through its log-sum-exp (Dao et al. 2022, FlashAttention, section 3.1, online softmax);
+- the backward of a flash kernel needs only the final output and log-sum-exp, so handing it the merged ones makes
+  each tile's dq, dk and dv exact.
+
+Shapes: B batch, H query heads, N key/value heads, T queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .tiles import Blocks, Rectangle, Step, Tile, chunks_of, tiles_of
+from .visible import Visible, dense_mask, first_slot, segments
+
+
+class TileKernel(Protocol):
+    """A flash kernel on q [b, g, t, D], k and v [b, g, s, D] and an additive mask that broadcasts to [b, g, t, s]."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The output [b, g, t, D] and the log-sum-exp [b, g, t] of the scaled logits."""
+        ...
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv, given any `out` and `lse` [b, g, t]."""
+        ...
+
+
+def forward(
+    kernel: TileKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    visible: Visible,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The output [B, H, T, D] and the log-sum-exp, sink included, [B, H, T]."""
+    batch, heads, num_queries, dim = q.shape
+    out = q.new_zeros(batch, num_queries, heads, dim).transpose(1, 2)
+    # Before any key is seen there is only the sink. A trailing dim lets tiles treat it as they treat queries.
+    lse = sinks.to(accumulator(q.dtype))[None, :, None, None].repeat(batch, 1, num_queries, 1)
+    for tile, mask in _plan(q, k, visible, window):
+        q_tile = tile.queries(q, k.shape[1])
+        k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
+        part, part_lse = kernel.forward(q_tile, k_tile, v_tile, mask, tile.causal, scale)
+        _merge(tile.queries(out, k.shape[1]), tile.queries(lse, k.shape[1]), part, part_lse[..., None], tile.first)
+    return out, lse.squeeze(-1)
+
+
+def backward(
+    kernel: TileKernel,
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    visible: Visible,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [B, H, T, D], dk and dv [B, N, S, D], given what `forward` returned."""
+    lse = lse[..., None]
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    # Heads of a group and neighbouring tiles add up in one key: sum them in at least float32.
+    dk, dv = (x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in (k, v))
+    for tile, mask in _plan(q, k, visible, window):
+        q_tile, out_tile, lse_tile, d_out_tile = (tile.queries(x, k.shape[1]) for x in (q, out, lse, d_out))
+        k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
+        parts = kernel.backward(
+            d_out_tile, q_tile, k_tile, v_tile, out_tile, lse_tile.squeeze(-1), mask, tile.causal, scale
+        )
+        dq_tile = tile.queries(dq, k.shape[1])
+        if tile.first:
+            dq_tile.copy_(parts[0])
+        else:
+            dq_tile.add_(parts[0])
+        tile.add_to_keys(dk, parts[1])
+        tile.add_to_keys(dv, parts[2])
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _widen(keys: Tensor, queries: Tensor) -> Tensor:
+    """Show one key head to every query head of its group, as a view."""
+    return keys.expand(-1, queries.shape[1], -1, -1)
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) -> None:
+    """Merge one tile into what was seen so far, in place. All [b, g, t, *]; lse and part_lse have a trailing 1."""
+    merged = torch.logaddexp(lse, part_lse)
+    weight = (part_lse - merged).exp_()
+    # Head by head: the products in the accumulator's dtype stay in the cache.
+    for index in range(out.shape[0]):
+        scaled = part[index] * weight[index]
+        if not first:
+            scaled += out[index] * (lse[index] - merged[index]).exp_()
+        out[index].copy_(scaled)
+    lse.copy_(merged)
+
+
+def _plan(q: Tensor, k: Tensor, visible: Visible, window: int | None) -> Iterator[tuple[Tile, Tensor | None]]:
+    """Every tile with its additive mask."""
+    batch, num_queries = q.shape[0], q.shape[2]
+    num_kv_heads, num_keys = k.shape[1:3]
+    if num_queries == 0 or num_keys == 0 or batch == 0:
+        return
+    if visible.mask is not None:
+        yield from _plan_mask(q, visible.mask, num_kv_heads, num_keys)
+    elif num_queries == 1:
+        yield _plan_step(q, visible, num_keys, window)
+    else:
+        band: dict[int, Tensor] = {}
+        for segment in segments(visible, batch, num_queries, num_keys):
+            if segment.holes:
+                for chunk in chunks_of(segment, window):
+                    yield chunk, _chunk_mask(chunk, visible, window, q)
+                continue
+            for tile in tiles_of(segment, window, num_kv_heads):
+                size = tile.num_queries if isinstance(tile, Blocks) else tile.q1 - tile.q0
+                if tile.band and size not in band:
+                    band[size] = additive(_band(size, window or 0, q.device), q.dtype)
+                yield tile, band[size] if tile.band else None
+
+
+BLOCK_OF_MASK = 512
+"""Queries at a time under a user's mask: bounds the additive copy of it."""
+
+
+def _plan_mask(q: Tensor, mask: Tensor, num_kv_heads: int, num_keys: int) -> Iterator[tuple[Tile, Tensor]]:
+    batch, heads, num_queries, _ = q.shape
+    mask = mask.expand(batch, -1, num_queries, num_keys)
+    for row in range(batch):
+        heads_mask = mask[row].unflatten(0, (num_kv_heads, -1)) if mask.shape[1] == heads else mask[row][None]
+        for begin in range(0, num_queries, BLOCK_OF_MASK):
+            end = min(begin + BLOCK_OF_MASK, num_queries)
+            yield Rectangle(row, begin, end, 0, num_keys), additive(heads_mask[:, :, begin:end], q.dtype)
+
+
+def _plan_step(q: Tensor, visible: Visible, num_keys: int, window: int | None) -> tuple[Tile, Tensor | None]:
+    if visible.everything:
+        return Step(0 if window is None else max(0, num_keys - window), num_keys), None
+    # On the CPU the place of the query can be read, and empty slots left out. A GPU must not wait: mask them.
+    k1 = first_slot(visible, 1, num_keys) + 1 if q.device.type == "cpu" else num_keys
+    k0 = max(0, k1 - window) if window is not None and q.device.type == "cpu" else 0
+    mask = dense_mask(visible, 1, num_keys, window, q.device)[..., k0:k1]
+    return Step(k0, k1), additive(mask, q.dtype)
+
+
+def _band(num_queries: int, window: int, device: torch.device) -> Tensor:
+    """Which of a block's keys (the `window - 1` before it, and its own) each of its queries sees: bool [1, 1, t, s]."""
+    return dense_mask(Visible(), num_queries, num_queries + window - 1, window, device)
+
+
+def _chunk_mask(tile: Rectangle, visible: Visible, window: int | None, q: Tensor) -> Tensor:
+    assert visible.keys is not None
+    # Inside its segment a chunk is aligned at the end, and the segment has one start, so only padding is left to say.
+    keys = visible.keys[tile.row : tile.row + 1, tile.k0 : tile.k1]
+    return additive(dense_mask(Visible(keys=keys), tile.q1 - tile.q0, tile.k1 - tile.k0, window, q.device), q.dtype)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask, bool (True: may see) or additive, as an additive one without infinities.
+
+    With infinities a kernel has no log-sum-exp for a query that sees nothing; the lowest finite number gives it one
+    that loses against any sink.
+    """
+    low = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, low)
+    return mask.clamp(min=low).to(dtype)

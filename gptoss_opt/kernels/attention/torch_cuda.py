@@ -1,0 +1,131 @@
+"""torch's own kernels on CUDA: flash (half precision) for packed sequences, memory-efficient (any mask) for tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .varlen import Lengths
+
+LSE_ALIGNMENT = 32
+BIAS_ALIGNMENT = 16
+
+
+class TorchFlash:
+    """`aten::_flash_attention_forward` and its backward, in varlen form."""
+
+    knows_sinks = False
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: Lengths, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            lengths.cu_q,
+            lengths.cu_k,
+            lengths.max_q,
+            lengths.max_k,
+            0.0,
+            True,
+            False,
+            scale=scale,
+            **_window(window),
+        )
+        return out, lse
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Lengths,
+        scale: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Without dropout the kernel reads neither of the two random states, but wants tensors.
+        rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        unused = torch.empty(0, device=q.device)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            d_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            lengths.cu_q,
+            lengths.cu_k,
+            lengths.max_q,
+            lengths.max_k,
+            0.0,
+            True,
+            rng_state,
+            unused,
+            scale=scale,
+            **_window(window),
+        )
+        return dq, dk, dv
+
+
+def _window(window: int | None) -> dict[str, int]:
+    """A window of w keys, the query's own included, is w - 1 to the left."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
+class TorchEfficient:
+    """`aten::_scaled_dot_product_efficient_attention` and its backward: takes any mask, and float32."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        bias = _bias(mask, q, k)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, bias, True, 0.0, causal, scale=scale
+        )
+        return out, lse[..., : q.shape[2]]
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The kernel reads whole blocks of the log-sum-exp: the rows beyond the last query must weigh nothing.
+        lse = pad(lse, (0, -lse.shape[-1] % LSE_ALIGNMENT), value=torch.inf).contiguous()
+        seed = torch.empty((), dtype=torch.int64)
+        dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            d_out,
+            q,
+            k,
+            v,
+            _bias(mask, q, k),
+            out,
+            lse,
+            seed,
+            seed,
+            0.0,
+            [True, True, True, False],
+            causal,
+            scale=scale,
+        )
+        return dq, dk, dv
+
+
+def _bias(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask in full shape [b, g, t, s], with rows aligned in memory."""
+    if mask is None:
+        return None
+    length = k.shape[2]
+    aligned = pad(mask, (0, -length % BIAS_ALIGNMENT))[..., :length]
+    return aligned.expand(*q.shape[:3], length)

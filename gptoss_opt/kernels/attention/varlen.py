@@ -1,0 +1,181 @@
+"""Attention with sinks from a GPU flash kernel that takes sequences of various lengths, packed end to end.
+
+The kernel returns its log-sum-exp and has a separate backward. With L = logaddexp(lse, sink) the sinked output is
+`out * exp(lse - L)`; the backward is handed that output and L, which makes dq, dk and dv exact. What no such kernel can
+express goes through `tiled`: one query per row (decoding, where nothing may wait for the device), and masks.
+
+Shapes: B batch, H query heads, N key/value heads, T queries, S keys, D head dim, P packed tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import tiled
+from .folded import Folded
+from .visible import Segment, Visible, segments
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Cumulative lengths of the packed sequences, int32 [num_sequences + 1], and the longest ones."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+class VarlenKernel(Protocol):
+    """A causal flash kernel on packed q [P, H, D], k and v [P, N, D], aligned at the end of each sequence.
+
+    Attributes:
+        knows_sinks: it takes the sinks itself, and the log-sum-exp it returns includes them.
+    """
+
+    knows_sinks: bool
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: Lengths, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """The output [P, H, D] and the log-sum-exp, float32 [H, P]."""
+        ...
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Lengths,
+        scale: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv, given any `out` [P, H, D] and `lse` [H, P]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which tokens of [B, T] and [B, S] are packed, in order (None: all of them), and their lengths."""
+
+    queries: Tensor | None
+    keys: Tensor | None
+    lengths: Lengths
+
+    @classmethod
+    def of(cls, found: list[Segment], shape: tuple[int, int, int], whole: bool, device: torch.device) -> Packing:
+        """The packing of these segments of a [batch, num_queries, num_keys] problem; `whole` if they cover it."""
+        _, num_queries, num_keys = shape
+        q_lengths = [segment.q1 - segment.q0 for segment in found]
+        k_lengths = [segment.k1 - segment.k0 for segment in found]
+        cu_q, cu_k = (
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            for lengths in (q_lengths, k_lengths)
+        )
+        lengths = Lengths(cu_q, cu_k, max(q_lengths, default=0), max(k_lengths, default=0))
+        if whole:
+            return cls(None, None, lengths)
+        queries = [torch.arange(s.q0, s.q1) + s.row * num_queries for s in found]
+        keys = [torch.arange(s.k0, s.k1) + s.row * num_keys for s in found]
+        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), lengths)
+
+
+def _pack(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """[B, heads, len, D] -> [P, heads, D]."""
+    flat = x.transpose(1, 2).flatten(0, 1)
+    return flat if tokens is None else flat[tokens]
+
+
+def _unpack(packed: Tensor, tokens: Tensor | None, batch: int, length: int) -> Tensor:
+    """[P, heads, D] -> [B, heads, len, D], laid out as [B, len, heads, D]; zeros where nothing was packed."""
+    if tokens is not None:
+        packed = packed.new_zeros(batch * length, *packed.shape[1:]).index_copy_(0, tokens, packed)
+    return packed.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+def _plan(q: Tensor, k: Tensor, visible: Visible) -> Packing | None:
+    """How to pack this problem, or None if a varlen kernel cannot express it."""
+    if visible.mask is not None or q.shape[2] == 1 or not q.numel():
+        return None
+    shape = (q.shape[0], q.shape[2], k.shape[2])
+    found = segments(visible, *shape)
+    if any(segment.holes for segment in found):
+        return None
+    return Packing.of(found, shape, visible.everything, q.device) if found else None
+
+
+def forward(
+    kernel: VarlenKernel,
+    masked: tiled.TileKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    visible: Visible,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """As `tiled.forward`. `masked` does what cannot be packed."""
+    packing = _plan(q, k, visible)
+    if packing is None:
+        return tiled.forward(_tile_kernel(q, visible, masked), q, k, v, sinks, visible, scale, window)
+    tokens = _pack(q, packing.queries), _pack(k, packing.keys), _pack(v, packing.keys)
+    packed, packed_lse = kernel.forward(*tokens, sinks, packing.lengths, scale, window)
+    if not kernel.knows_sinks:
+        total = torch.logaddexp(packed_lse, sinks.to(packed_lse.dtype)[:, None])
+        packed = (packed * (packed_lse - total).exp().mT[..., None]).to(packed.dtype)
+        packed_lse = total
+    batch, num_queries = q.shape[0], q.shape[2]
+    out = _unpack(packed, packing.queries, batch, num_queries)
+    if packing.queries is None:
+        lse = packed_lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
+    else:
+        # A query that sees no key sees the sink.
+        flat = sinks.to(packed_lse.dtype)[:, None].repeat(1, batch * num_queries)
+        flat.index_copy_(1, packing.queries, packed_lse)
+        lse = flat.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
+    return out, lse
+
+
+def backward(
+    kernel: VarlenKernel,
+    masked: tiled.TileKernel,
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    visible: Visible,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `tiled.backward`. `masked` does what cannot be packed."""
+    packing = _plan(q, k, visible)
+    if packing is None:
+        return tiled.backward(_tile_kernel(q, visible, masked), d_out, q, k, v, out, lse, visible, scale, window)
+    d_out_packed, q_packed, out_packed = (_pack(x, packing.queries) for x in (d_out, q, out))
+    k_packed, v_packed = (_pack(x, packing.keys) for x in (k, v))
+    lse_packed = lse.transpose(0, 1).flatten(1)
+    if packing.queries is not None:
+        lse_packed = lse_packed[:, packing.queries]
+    dq, dk, dv = kernel.backward(
+        d_out_packed, q_packed, k_packed, v_packed, out_packed, lse_packed.contiguous(), packing.lengths, scale, window
+    )
+    return (
+        _unpack(dq, packing.queries, q.shape[0], q.shape[2]),
+        _unpack(dk, packing.keys, k.shape[0], k.shape[2]),
+        _unpack(dv, packing.keys, k.shape[0], k.shape[2]),
+    )
+
+
+def _tile_kernel(q: Tensor, visible: Visible, masked: tiled.TileKernel) -> tiled.TileKernel:
+    return Folded() if q.shape[2] == 1 and visible.mask is None else masked

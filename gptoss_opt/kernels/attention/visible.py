@@ -1,0 +1,141 @@
+"""Which keys a query may see, told with a few small tensors instead of a [T, S] mask.
+
+Shapes: B batch, H query heads, T queries, S key slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Visible(NamedTuple):
+    """What restricts attention besides causality and the window. All fields None: plain causal, aligned at the end.
+
+    Query `i` sits in key slot `q_start + i` and sees the slots up to its own, from where its sequence starts, except
+    padding. A query in a padding slot sees nothing: its output is zero.
+
+    A NamedTuple of tensors, so that it passes wherever a mask does: gradient checkpointing, device hooks, tracing.
+
+    Attributes:
+        q_start: integer, 0-d: the slot of the first query. None: S - T, the queries are the last T slots.
+        keys: bool [B, S]: False is padding.
+        starts: integer [B, T]: the index, among these T queries, of the first token of each query's own sequence.
+            0 also means "continues what is in the cache".
+        mask: [B or 1, H or 1, T, S], bool (True: may see) or additive. A user's own mask; it alone then decides, and
+            the other fields and the window are not consulted.
+    """
+
+    q_start: Tensor | None = None
+    keys: Tensor | None = None
+    starts: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is restricted besides causality and the window."""
+        return all(field is None for field in self)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries `q0..q1` of batch row `row` see keys `k0..k1`, causally, the last query aligned with the last key.
+
+    `holes` says that there is padding between the keys.
+    """
+
+    row: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    holes: bool = False
+
+
+def dense_mask(visible: Visible, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """The same as a bool mask, [B or 1, 1, T, S]: defines what a `Visible` means. Not for `visible.mask`."""
+    slot = torch.arange(num_queries, device=device) + _first_slot(visible, num_queries, num_keys)
+    key = torch.arange(num_keys, device=device)
+    mask = (key <= slot[:, None])[None]
+    if window is not None:
+        mask = mask & (key > slot[:, None] - window)
+    if visible.starts is not None:
+        start = torch.where(visible.starts == 0, 0, visible.starts + slot[0])
+        mask = mask & (key >= start[:, :, None])
+    if visible.keys is not None:
+        mask = mask & visible.keys[:, None, :] & visible.keys[:, slot][:, :, None]
+    return mask[:, None]
+
+
+def _first_slot(visible: Visible, num_queries: int, num_keys: int) -> Tensor | int:
+    return num_keys - num_queries if visible.q_start is None else visible.q_start
+
+
+def first_slot(visible: Visible, num_queries: int, num_keys: int) -> int:
+    """The slot of the first query, as a number (on a GPU this waits for the device)."""
+    return int(_first_slot(visible, num_queries, num_keys))
+
+
+def segments(visible: Visible, batch: int, num_queries: int, num_keys: int) -> list[Segment]:
+    """Cut attention into plain causal problems: one for each batch row and packed sequence, without the padding.
+
+    Reads the tensors of `visible` (on a GPU this waits for the device). Not for `visible.mask`.
+    """
+    p = first_slot(visible, num_queries, num_keys)
+    ranges = _key_ranges(visible.keys) if visible.keys is not None else [(0, num_keys, False)] * batch
+    cuts = _cuts(visible.starts, batch, num_queries)
+    found: list[Segment] = []
+    for row, (low, high, holes) in enumerate(ranges):
+        for begin, end in zip(cuts[row], cuts[row][1:], strict=False):
+            k0 = max(low, p + begin if begin else 0)
+            q0, q1 = max(begin, low - p), min(end, high - p)
+            if q0 < q1:
+                found.append(Segment(row, q0, q1, k0, p + q1, holes))
+    return found
+
+
+def _key_ranges(keys: Tensor) -> list[tuple[int, int, bool]]:
+    """For each row of keys [B, S]: the first valid slot, one past the last, and whether there are holes between."""
+    low = keys.int().argmax(-1)
+    count = keys.sum(-1)
+    high = torch.where(count > 0, keys.shape[-1] - keys.flip(-1).int().argmax(-1), low)
+    rows = torch.stack([low, high, high - low - count], -1).tolist()
+    return [(first, past, missing > 0) for first, past, missing in rows]
+
+
+def _cuts(starts: Tensor | None, batch: int, num_queries: int) -> list[list[int]]:
+    """For each row: 0, where each later sequence begins, T."""
+    if starts is None:
+        return [[0, num_queries]] * batch
+    begins: list[list[int]] = [[] for _ in range(batch)]
+    changed = starts[:, 1:] != starts[:, :-1]
+    for row, index in changed.nonzero().tolist():
+        begins[row].append(index + 1)
+    return [[0, *middle, num_queries] for middle in begins]
+
+
+def starts_from_positions(position_ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Where each token's sequence begins, given positions [B, T] that restart in packed rows: integer [B, T].
+
+    A sequence begins where the position does not grow. `valid` (bool [B, T], False is padding) keeps the arbitrary
+    positions of padding from counting as a beginning.
+    """
+    begins = position_ids[:, 1:] <= position_ids[:, :-1]
+    if valid is not None:
+        begins = begins & valid[:, 1:] & valid[:, :-1]
+    index = torch.arange(1, position_ids.shape[1], device=position_ids.device)
+    starts = torch.where(begins, index, 0).cummax(-1).values if index.numel() else begins.long()
+    return torch.nn.functional.pad(starts, (1, 0))
+
+
+def starts_from_cu_seq_lens(cu_seq_lens: Tensor, num_queries: int) -> Tensor:
+    """Where each token's sequence begins, given cumulative lengths [num_sequences + 1] of one row: integer [1, T].
+
+    Tokens after the last length (padding of a packed row) form a sequence of their own.
+    """
+    cu_seq_lens = cu_seq_lens.long()
+    index = torch.arange(num_queries, device=cu_seq_lens.device)
+    return cu_seq_lens[torch.bucketize(index, cu_seq_lens, right=True) - 1][None]

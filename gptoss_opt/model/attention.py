@@ -1,0 +1,204 @@
+"""How attention is reached inside a transformers GPT-OSS model: the attention and mask interfaces, and one call check.
+
+Two keys must be registered for a backend, one per interface: an attention key without a mask key gets no mask at all,
+with no error. A key must not contain "flash" or "sdpa": transformers rewrites the first and refuses the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..core import Journal
+from ..kernels.attention import (
+    BACKENDS,
+    AttentionRequest,
+    Visible,
+    attention,
+    starts_from_cu_seq_lens,
+    starts_from_positions,
+)
+
+KEY = "gptoss_opt:{}"
+
+
+def attention_request(model: nn.Module) -> AttentionRequest:
+    """What a backend must serve on this model."""
+    layer = cast(Any, model).base_model.layers[0].self_attn
+    return AttentionRequest(layer.q_proj.weight.device.type, layer.q_proj.weight.dtype, layer.head_dim)
+
+
+def why_no_flash(model: nn.Module) -> Iterator[str]:
+    """What this model asks of attention that no flash kernel does."""
+    config = cast(PreTrainedModel, model).config
+    if config.attention_dropout:
+        yield (
+            f"attention_dropout is {config.attention_dropout}, and no flash kernel here has dropout. "
+            "Build the model with attention_dropout=0.0 in its config."
+        )
+    if config.output_attentions:
+        yield (
+            "config.output_attentions is on, and no flash kernel computes the weights. "
+            "Set model.config.output_attentions = False."
+        )
+    if not getattr(config, "is_causal", True):
+        yield "config.is_causal is off, and these kernels are causal. Keep this model in eager attention."
+
+
+def set_attention(model: nn.Module, backend: str, journal: Journal) -> tuple[str, ...]:
+    """Make `backend` the model's attention; returns what was changed, as sentences."""
+    before, key = cast(PreTrainedModel, model).config._attn_implementation, KEY.format(backend)
+    journal.set(model, "config", "_attn_implementation", key)
+    decoder = cast(PreTrainedModel, model).base_model
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    journal.add_pre_hook(model, path, refuse_output_attentions)
+    return (
+        f"config._attn_implementation: {before} -> {key}, on the model's own copy of the config",
+        f"{path or 'the model'}: a forward pre-hook that refuses output_attentions=True",
+    )
+
+
+def refuse_output_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of the decoder: attention weights cannot be returned, so asking for them is an error."""
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: no flash kernel computes the attention weights. "
+            "Take the wrapper off first: undo(model, with_flash_attention)."
+        )
+
+
+def mask_for_attention(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Visible | Tensor | None:
+    """transformers' mask interface: the padding mask and offsets of a causal or sliding layer, as a `Visible`.
+
+    A mask that transformers composed from functions of the user's own (`use_vmap`) is built in full.
+    """
+    if use_vmap:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=cast(int, q_offset),
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            use_vmap=True,
+            device=device,
+            **{**kwargs, "allow_is_causal_skip": False},
+        )
+    keys = _key_mask(attention_mask, batch_size, kv_length, kv_offset)
+    q_start = q_offset - kv_offset
+    start: Tensor | None
+    if isinstance(q_start, Tensor):
+        start = q_start.to(device)
+    else:
+        start = None if q_start == kv_length - q_length else torch.full((), q_start, device=device)
+    return None if keys is None and start is None else Visible(start, keys)
+
+
+def _key_mask(attention_mask: Tensor | None, batch: int, kv_length: int, kv_offset: int) -> Tensor | None:
+    """The padding of the cache slots [B, S], or None if there is none to be seen."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            "with_flash_attention takes an attention_mask [batch, len], or one of your own "
+            f"[batch, 1 or heads, q_len, kv_len], not {list(attention_mask.shape)}."
+        )
+    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        return None
+    # Slots of a static cache that are still empty lie beyond the mask; causality hides them, so any value will do.
+    missing = kv_length + kv_offset - attention_mask.shape[1]
+    keys = nn.functional.pad(attention_mask.bool(), (0, max(missing, 0)), value=False)
+    return keys[:, kv_offset : kv_offset + kv_length].expand(batch, -1)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    *,
+    backend: str,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H, T, D] to ([B, T, H, D], no weights)."""
+    if dropout:
+        raise ValueError(f"with_flash_attention has no dropout, but attention_dropout is {dropout}: set it to 0.0.")
+    visible = attention_mask if isinstance(attention_mask, Visible) else Visible(mask=attention_mask)
+    if visible.mask is None and query.shape[2] > 1:
+        visible = visible._replace(starts=_starts(visible, query, position_ids, cu_seq_lens_q, cu_seq_lens_k))
+    sinks = cast(Tensor, module.sinks)
+    out = attention(query, key, value, sinks, scale=scaling, window=sliding_window, visible=visible, backend=backend)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _starts(
+    visible: Visible, query: Tensor, position_ids: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None
+) -> Tensor | None:
+    """Where the sequences of a packed row begin [B, T], or None if nothing is packed."""
+    batch, _, num_queries, _ = query.shape
+    if cu_q is not None:
+        return _from_cu_seq_lens(cu_q, cu_k, batch, num_queries)
+    if position_ids is None or position_ids.ndim != 2 or not _may_restart(position_ids):
+        return None
+    valid = None
+    if visible.keys is not None:
+        slot = visible.keys.shape[1] - num_queries if visible.q_start is None else visible.q_start
+        valid = visible.keys[:, torch.arange(num_queries, device=query.device) + slot]
+    return starts_from_positions(position_ids, valid).expand(batch, -1)
+
+
+def _from_cu_seq_lens(cu_q: Tensor, cu_k: Tensor | None, batch: int, num_queries: int) -> Tensor:
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q packs sequences into one row, but the batch has {batch} rows.")
+    if cu_k is not None and cu_k is not cu_q and not torch.compiler.is_compiling() and not torch.equal(cu_q, cu_k):
+        raise ValueError(
+            "cu_seq_lens_k differs from cu_seq_lens_q: packed sequences that continue a cache are not supported. "
+            "Give each packed sequence whole, without a cache."
+        )
+    return starts_from_cu_seq_lens(cu_q, num_queries)
+
+
+_READ: Any = WeakTensorKeyDictionary()
+
+
+def _may_restart(position_ids: Tensor) -> bool:
+    """Whether the positions restart anywhere; while tracing they cannot be read, so they may.
+
+    All layers are handed the same tensor, and reading it makes a GPU wait: it is read once.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    version = None if position_ids.is_inference() else position_ids._version
+    if version is None or _READ.get(position_ids, (None, False))[0] != version:
+        _READ[position_ids] = version, bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
+    return bool(_READ[position_ids][1])
+
+
+for _backend in BACKENDS:
+    ALL_ATTENTION_FUNCTIONS.register(KEY.format(_backend.name), partial(attention_forward, backend=_backend.name))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(KEY.format(_backend.name), mask_for_attention)

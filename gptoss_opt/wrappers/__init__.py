@@ -1,0 +1,1 @@
+"""One file per public wrapper. Wrappers never import each other."""

@@ -1,0 +1,76 @@
+"""`with_flash_attention`: exact attention with sinks in linear memory, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+from torch import nn
+
+from ..core import BackendError, Journal, Phase, Report, Wrapper, check_name, choose
+from ..core.wrapper import Built, Host, Model
+from ..kernels.attention import BACKENDS
+from ..model.attention import attention_request, set_attention, why_no_flash
+from ..model.host import GPT_OSS
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FlashAttention(Wrapper):
+    """What `with_flash_attention` builds. Options: `backend`."""
+
+    backend: str = "auto"
+
+    name: ClassVar[str] = "with_flash_attention"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+    host: ClassVar[Host] = GPT_OSS
+    claims: ClassVar[tuple[str, ...]] = ("the attention computation",)
+
+    def __post_init__(self) -> None:
+        check_name(BACKENDS, self.backend, self.name)
+
+    def check(self, model: nn.Module) -> Iterable[str]:
+        yield from why_no_flash(model)
+        try:
+            choose(BACKENDS, attention_request(model), self.backend, self.name)
+        except BackendError as error:
+            yield str(error)
+
+    def attach(self, model: nn.Module, journal: Journal) -> Report:
+        choice = choose(BACKENDS, attention_request(model), self.backend, self.name)
+        return Report(set_attention(model, choice.backend, journal), choice)
+
+
+@overload
+def with_flash_attention(model: None = None, *, backend: str = "auto") -> FlashAttention: ...
+@overload
+def with_flash_attention(model: Model, *, backend: str = "auto") -> Model: ...
+@overload
+def with_flash_attention(model: Callable[..., Built], *, backend: str = "auto") -> Callable[..., Built]: ...
+def with_flash_attention(model: Any = None, *, backend: str = "auto") -> Any:
+    """Exact flash attention with sinks, forward and backward, on CPU and GPU. Memory grows linearly with length.
+
+    Replaces eager attention in every layer, sliding and full. Keeps the weights, the checkpoint and `generate` as they
+    are; gradients reach q, k, v and the sinks. Serves padding on either side, packed sequences (`position_ids` that
+    restart, or `cu_seq_lens_q`), DynamicCache and StaticCache, chunked prefill, your own 4-D mask, gradient
+    checkpointing and `torch.compile`. Queries in padding give zeros. Refuses `output_attentions=True` and dropout.
+
+    Args:
+        model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a
+            wrapper to give to `compose`.
+        backend: "auto", or one by name, which then never falls back:
+            "fa4", "fa3", "fa2": the flash-attn package, CUDA, bfloat16 and float16.
+            "torch": torch's own flash kernels, CPU (also float32, float64) and CUDA.
+            "reference": plain matrix products, quadratic memory; defines the semantics, never chosen by "auto".
+
+    Raises:
+        CompatibilityError: not a GPT-OSS model, already compiled, dropout, or a backend that cannot serve here.
+        BackendError: no backend has that name.
+
+    Example:
+        >>> model = with_flash_attention(model)
+        >>> model.generate(input_ids, max_new_tokens=3, do_sample=False).shape
+        torch.Size([1, 11])
+    """
+    wrapper = FlashAttention(backend=backend)
+    return wrapper if model is None else wrapper(model)
