@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .folded import Folded
 from .tiles import Blocks, Rectangle, Step, Tile, chunks_of, tiles_of
 from .visible import Visible, dense_mask, first_slot, segments
 
@@ -46,6 +47,10 @@ class TileKernel(Protocol):
         ...
 
 
+FOLDED = Folded()
+"""What does one query per row, on every device: a flash kernel would gain nothing there, and is less exact."""
+
+
 def forward(
     kernel: TileKernel,
     q: Tensor,
@@ -62,9 +67,10 @@ def forward(
     # Before any key is seen there is only the sink. A trailing dim lets tiles treat it as they treat queries.
     lse = sinks.to(accumulator(q.dtype))[None, :, None, None].repeat(batch, 1, num_queries, 1)
     for tile, mask in _plan(q, k, visible, window):
+        flash = FOLDED if isinstance(tile, Step) else kernel
         q_tile = tile.queries(q, k.shape[1])
         k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
-        part, part_lse = kernel.forward(q_tile, k_tile, v_tile, mask, tile.causal, scale)
+        part, part_lse = flash.forward(q_tile, k_tile, v_tile, mask, tile.causal, scale)
         _merge(tile.queries(out, k.shape[1]), tile.queries(lse, k.shape[1]), part, part_lse[..., None], tile.first)
     return out, lse.squeeze(-1)
 
@@ -87,9 +93,10 @@ def backward(
     # Heads of a group and neighbouring tiles add up in one key: sum them in at least float32.
     dk, dv = (x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in (k, v))
     for tile, mask in _plan(q, k, visible, window):
+        flash = FOLDED if isinstance(tile, Step) else kernel
         q_tile, out_tile, lse_tile, d_out_tile = (tile.queries(x, k.shape[1]) for x in (q, out, lse, d_out))
         k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
-        parts = kernel.backward(
+        parts = flash.backward(
             d_out_tile, q_tile, k_tile, v_tile, out_tile, lse_tile.squeeze(-1), mask, tile.causal, scale
         )
         dq_tile = tile.queries(dq, k.shape[1])
@@ -194,4 +201,4 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     low = torch.finfo(dtype).min
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, low)
-    return mask.clamp(min=low).to(dtype)
+    return mask.to(dtype).clamp(min=low)

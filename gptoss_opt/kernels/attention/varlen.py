@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from . import tiled
-from .folded import Folded
 from .visible import Segment, Visible, segments
 
 
@@ -126,7 +125,7 @@ def forward(
     """As `tiled.forward`. `masked` does what cannot be packed."""
     packing = _plan(q, k, visible)
     if packing is None:
-        return tiled.forward(_tile_kernel(q, visible, masked), q, k, v, sinks, visible, scale, window)
+        return tiled.forward(masked, q, k, v, sinks, visible, scale, window)
     tokens = _pack(q, packing.queries), _pack(k, packing.keys), _pack(v, packing.keys)
     packed, packed_lse = kernel.forward(*tokens, sinks, packing.lengths, scale, window)
     if not kernel.knows_sinks:
@@ -161,7 +160,7 @@ def backward(
     """As `tiled.backward`. `masked` does what cannot be packed."""
     packing = _plan(q, k, visible)
     if packing is None:
-        return tiled.backward(_tile_kernel(q, visible, masked), d_out, q, k, v, out, lse, visible, scale, window)
+        return tiled.backward(masked, d_out, q, k, v, out, lse, visible, scale, window)
     d_out_packed, q_packed, out_packed = (_pack(x, packing.queries) for x in (d_out, q, out))
     k_packed, v_packed = (_pack(x, packing.keys) for x in (k, v))
     lse_packed = lse.transpose(0, 1).flatten(1)
@@ -175,7 +174,3 @@ def backward(
         _unpack(dk, packing.keys, k.shape[0], k.shape[2]),
         _unpack(dv, packing.keys, k.shape[0], k.shape[2]),
     )
-
-
-def _tile_kernel(q: Tensor, visible: Visible, masked: tiled.TileKernel) -> tiled.TileKernel:
-    return Folded() if q.shape[2] == 1 and visible.mask is None else masked

@@ -1,0 +1,115 @@
+"""Small models, comparisons and the error budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from gptoss_opt.kernels.attention import Visible
+from gptoss_opt.kernels.attention.reference import reference_attention
+
+GOLDEN = Path(__file__).parent / "golden" / "small"
+WINDOW = 8
+
+
+def tiny_config(**changes: Any) -> GptOssConfig:
+    """Three layers (sliding, full, sliding), window 8, 8 query and 2 key/value heads."""
+    settings = {
+        "num_hidden_layers": 3,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "vocab_size": 128,
+        "sliding_window": WINDOW,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 127,
+        "bos_token_id": 1,
+        "initializer_range": 0.3,
+    }
+    return GptOssConfig(**{**settings, **changes})
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> GptOssForCausalLM:
+    """A random model in eager attention whose sinks and outputs are far from zero."""
+    torch.manual_seed(seed)
+    model = GptOssForCausalLM(tiny_config(**changes)).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_()
+    return model
+
+
+def ids(batch: int = 2, length: int = 21, seed: int = 1) -> Tensor:
+    """Random token ids without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 127, (batch, length), generator=generator)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of every gradient by parameter name; the gradients are cleared."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def loss_and_gradients(model: torch.nn.Module, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of predicting the input, and every gradient."""
+    labels = kwargs.pop("labels", input_ids)
+    loss = model(input_ids, labels=labels, **kwargs).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def differentiate(run: Callable[..., Tensor], inputs: list[Tensor], d_out: Tensor) -> list[Tensor]:
+    """The output and the gradient of every input."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    out = run(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
+
+
+def assert_within_budget(
+    run: Callable[..., Tensor], inputs: list[Tensor], visible: Visible, scale: float, window: int | None
+) -> None:
+    """`run(q, k, v, sinks)` and its gradients are as good as plain attention in the dtype of the inputs.
+
+    The truth is the reference in float64 on the same inputs; allowed is twice the plain reference's own error plus a
+    rounding of the largest value, pointwise and as root mean square.
+    """
+    d_out = torch.randn_like(inputs[0])
+
+    def plain(*x: Tensor) -> Tensor:
+        return reference_attention(*x, visible, scale, window)
+
+    truth = differentiate(plain, [x.double() for x in inputs], d_out)
+    # Nobody trains through one query, whose few gradients say little about rounding: they are tested in float64.
+    names = ("out", "dq", "dk", "dv", "dsinks") if inputs[0].shape[2] > 1 else ("out",)
+    base = differentiate(plain, inputs, d_out)
+    ours = differentiate(run, inputs, d_out)
+    eps = torch.finfo(inputs[0].dtype).eps
+    for name, actual, low, exact in zip(names, ours, base, truth, strict=False):
+        assert actual.dtype == low.dtype, name
+        assert actual.isfinite().all(), name
+        norms: dict[str, Callable[[Tensor], Tensor]] = {
+            "pointwise": lambda x: x.abs().max(),
+            "rms": lambda x: x.pow(2).mean().sqrt(),
+        }
+        for kind, norm in norms.items():
+            error, allowed = norm(actual.double() - exact), 2 * (norm(low.double() - exact) + eps * exact.abs().max())
+            assert error <= allowed, f"{name} {kind}: error {error:.3g}, allowed {allowed:.3g}"
