@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
 from torch import nn
 
 from .edit import Journal
 from .errors import CompatibilityError, IrreversibleError
-from .wrapper import WRAPPERS, Built, Model, Report, Wrapper, call_form
+from .wrapper import WRAPPERS, Built, Host, Model, Report, Wrapper, call_form
 
 RECORD = "_gptoss_opt_record"
 
@@ -65,7 +65,7 @@ def _from_row(row: dict[str, Any]) -> Wrapper:
     name = row.pop("wrapper")
     if name not in WRAPPERS:
         raise ValueError(f"there is no wrapper {name!r}. Known are {', '.join(sorted(WRAPPERS))}.")
-    known = set(WRAPPERS[name].__dataclass_fields__)
+    known = {option.name for option in fields(WRAPPERS[name])}
     if unknown := sorted(set(row) - known):
         raise ValueError(f"{name} has no option {', '.join(map(repr, unknown))}. It has {', '.join(sorted(known))}.")
     return WRAPPERS[name](**row)
@@ -82,9 +82,9 @@ class Applied:
 
 @dataclass
 class Record:
-    """What is on a model. `private` undoes the model's own copy of its config."""
+    """What is on a model: by host, how it got its own copy of what it may share, and the wrappers."""
 
-    private: Journal = field(default_factory=Journal)
+    private: list[tuple[Host, Journal]] = field(default_factory=list[tuple[Host, Journal]])
     applied: list[Applied] = field(default_factory=list[Applied])
 
 
@@ -247,7 +247,8 @@ def _move_to(model: nn.Module, target: Stack) -> None:
         raise
     finally:
         if not record.applied:
-            record.private.undo(model)
+            for host, journal in record.private:
+                host.release(model, journal)
             del model.__dict__[RECORD]
 
 
@@ -259,8 +260,9 @@ def _detach_from(model: nn.Module, record: Record, length: int) -> None:
 
 def _attach_all(model: nn.Module, record: Record, wrappers: Iterable[Wrapper]) -> None:
     for wrapper in wrappers:
-        if not record.private.edits:
-            wrapper.host.privatise(model, record.private)
+        if not any(type(host) is type(wrapper.host) for host, _ in record.private):
+            record.private.append((wrapper.host, Journal()))
+            wrapper.host.privatise(model, record.private[-1][1])
         journal = Journal()
         try:
             report = wrapper.attach(model, journal)

@@ -46,6 +46,10 @@ class Host(Protocol):
         """Give `model` its own copy of whatever it may share with other models (its config)."""
         ...
 
+    def release(self, model: nn.Module, journal: Journal) -> None:
+        """Undo `privatise`, unless the user's own changes would be lost."""
+        ...
+
 
 class AnyModule:
     """The host of wrappers that go on any `nn.Module`."""
@@ -54,6 +58,9 @@ class AnyModule:
         return None
 
     def privatise(self, model: nn.Module, journal: Journal) -> None:
+        return None
+
+    def release(self, model: nn.Module, journal: Journal) -> None:
         return None
 
 

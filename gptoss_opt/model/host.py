@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core import Journal
+from ..core.edit import Journal, SetAttribute
 
 MODEL_TYPE = "gpt_oss"
 
@@ -39,6 +40,12 @@ class GptOss:
         for path, module in model.named_modules():
             if module.__dict__.get("config") is shared:
                 journal.set(model, path, "config", private)
+
+    def release(self, model: nn.Module, journal: Journal) -> None:
+        """Put the shared config back, unless the user has changed the model's own since: then that one stays."""
+        shared = next(edit.old for edit in journal.edits if isinstance(edit, SetAttribute))
+        if cast(PreTrainedModel, model).config.to_dict() == shared.to_dict():
+            journal.undo(model)
 
 
 GPT_OSS = GptOss()

@@ -39,6 +39,10 @@ class Visible(NamedTuple):
         """Whether nothing is restricted besides causality and the window."""
         return all(field is None for field in self)
 
+    def contiguous(self) -> Visible:
+        """The same with contiguous tensors: `generate` asks this of the masks it prepares for a static cache."""
+        return Visible(*(None if field is None else field.contiguous() for field in self))
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -1,0 +1,83 @@
+"""The command line: `python -m gptoss_opt`, and `gptoss-opt` once installed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from .version import __version__
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with these arguments (by default the program's own), and return the exit code.
+
+    0: done. 1: the demo found a difference above its tolerance. 2: wrong arguments, or a model that cannot be used.
+    """
+    args = parser().parse_args(argv)
+    return int(args.run(args))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(prog="gptoss_opt", description="Wrappers for Hugging Face GPT-OSS models.")
+    top.add_argument("--version", action="version", version=f"gptoss_opt {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="measure a model in eager attention and with the wrappers",
+        description="Generate and take a training step in eager attention and with each wrapper, and compare. "
+        "Exits with 1 if a wrapper changes the model's results.",
+    )
+    demo.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a folder or a Hugging Face hub id (default: a small random checkpoint)",
+    )
+    demo.add_argument(
+        "--lengths",
+        type=_whole_number(2),
+        nargs="+",
+        metavar="N",
+        help="prompt lengths in tokens (default: 512 2048)",
+    )
+    demo.add_argument(
+        "--new-tokens",
+        type=_whole_number(1),
+        metavar="N",
+        help="how many tokens to generate (default: 16)",
+    )
+    demo.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights (default: float32, or with --model auto, the dtype of the files)",
+    )
+    demo.add_argument("--threads", type=_whole_number(1), metavar="N", help="CPU threads (default: torch's own choice)")
+    demo.set_defaults(run=_demo)
+    return top
+
+
+def _whole_number(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return convert
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .core import BackendError, CompatibilityError
+    from .demo import DemoError, run_demo
+
+    chosen = {name: getattr(args, name) for name in ("lengths", "new_tokens", "dtype", "threads")}
+    try:
+        report = run_demo(args.model, **{name: value for name, value in chosen.items() if value is not None})
+    except (DemoError, CompatibilityError, BackendError) as error:
+        print(f"gptoss_opt demo: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 1 if report.problems else 0

@@ -1,0 +1,221 @@
+"""What every wrapper owes its user, run over all of them: a new one cannot be forgotten."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GptOssForCausalLM
+
+import gptoss_opt
+from gptoss_opt import CompatibilityError, Stack, compose, explain, stack_of, undo
+from gptoss_opt.core.wrapper import WRAPPERS
+from tests.helpers import WINDOW, ids, loss_and_gradients, relative, tiny_config, tiny_model
+
+ALL = sorted(name for name in WRAPPERS if hasattr(gptoss_opt, name))
+
+
+@pytest.fixture(params=ALL)
+def wrap(request: pytest.FixtureRequest):
+    return getattr(gptoss_opt, request.param)
+
+
+def fingerprint(model: nn.Module) -> dict:
+    """Everything a wrapper may change: parameters, buffers, attributes, hooks, config."""
+    return {
+        path: (
+            type(module),
+            {name: id(value) for name, value in {**module._parameters, **module._buffers}.items()},
+            sorted(name for name in module.__dict__ if not name.startswith("_gptoss")),
+            list(module._forward_pre_hooks.values()),
+            list(module._forward_hooks.values()),
+            id(getattr(module, "config", None)),
+            module.__dict__.get("forward"),
+        )
+        for path, module in model.named_modules()
+    } | {"config": model.config.to_dict() | {"attention": model.config._attn_implementation}}
+
+
+def left_padded(batch: int = 3) -> dict:
+    """Prompts of which some have more padding on the left than the window is wide."""
+    length = 3 * WINDOW
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        mask[row, : row * (WINDOW + 1)] = 0
+    return {"input_ids": ids(batch, length).masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def test_there_are_wrappers() -> None:
+    assert "with_flash_attention" in ALL
+    assert all(WRAPPERS[name].__doc__ and getattr(gptoss_opt, name).__doc__ for name in ALL)
+
+
+def test_the_object_class_and_keys_stay(wrap, model) -> None:
+    keys, kind = list(model.state_dict()), type(model)
+    before = fingerprint(model)
+    wrapped = wrap(model)
+    assert wrapped is model
+    assert type(model) is kind
+    assert list(model.state_dict()) == keys
+    assert fingerprint(model) != before, "the wrapper changed nothing"
+
+
+def test_undo_is_exact(wrap, model) -> None:
+    before = fingerprint(model)
+    logits = model(ids()).logits
+    undo(wrap(model))
+    assert fingerprint(model) == before
+    assert torch.equal(model(ids()).logits, logits)
+
+
+def test_call_forms_agree(wrap) -> None:
+    @wrap
+    def build() -> GptOssForCausalLM:
+        return tiny_model()
+
+    @wrap()
+    def build_too() -> GptOssForCausalLM:
+        return tiny_model()
+
+    stacks = [stack_of(model) for model in (wrap(tiny_model()), build(), build_too(), compose(wrap())(tiny_model()))]
+    assert all(stack == compose(wrap()) for stack in stacks)
+    assert Stack.from_json(stacks[0].to_json()) == stacks[0]
+
+
+def test_twice_is_once(wrap, model) -> None:
+    once = fingerprint(wrap(model))
+    assert fingerprint(wrap(model)) == once
+    assert len(stack_of(model)) == 1
+    undo(model)
+    assert not stack_of(model)
+
+
+def test_explain(wrap, model) -> None:
+    (row,) = explain(wrap(model)).rows
+    assert row.wrapper == repr(wrap())
+    assert row.changed
+    assert wrap.__name__ in str(explain(model))
+    assert wrap.__name__ in explain(model)._repr_html_()
+
+
+def test_config_is_private(wrap) -> None:
+    config = tiny_config()
+    one, two = GptOssForCausalLM(config).eval(), GptOssForCausalLM(config).eval()
+    two.load_state_dict(one.state_dict())
+    wrap(one)
+    assert two.config is config
+    assert two.config._attn_implementation == "eager"
+    assert not stack_of(two)
+    assert one.config is not config
+    assert one.config is one.model.config is one.model.layers[0].self_attn.config
+    undo(one)
+    assert one.config is config
+
+
+def test_changes_to_the_config_survive_undo(wrap, model) -> None:
+    wrap(model)
+    model.config.use_cache = False
+    model.resize_token_embeddings(140)
+    undo(model)
+    assert model.config.use_cache is False
+    assert model.config.vocab_size == 140
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "torch"])
+def test_copies_work_and_undo_alone(wrap, model, clone) -> None:
+    if clone == "torch":
+
+        def clone(model: nn.Module) -> nn.Module:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            return torch.load(file, weights_only=False)
+
+    logits = wrap(model)(ids()).logits
+    twin = clone(model)
+    assert torch.equal(twin(ids()).logits, logits)
+    assert stack_of(twin) == stack_of(model)
+    assert twin.config is not model.config
+    undo(twin)
+    assert not stack_of(twin)
+    assert len(stack_of(model)) == 1
+    assert torch.equal(model(ids()).logits, logits)
+
+
+def test_saves_a_plain_checkpoint(wrap, model, tmp_path) -> None:
+    expected = tiny_model()(ids()).logits
+    wrap(model).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert plain.config._attn_implementation == "eager"
+    assert relative(plain(ids()).logits, expected) < 1e-5
+    assert stack_of(plain) == Stack()
+
+
+def test_same_logits_loss_and_gradients(wrap, model) -> None:
+    loss, expected = loss_and_gradients(model, ids())
+    logits = model(ids()).logits
+    wrap(model)
+    assert relative(model(ids()).logits, logits) < 1e-5
+    wrapped_loss, actual = loss_and_gradients(model, ids())
+    torch.testing.assert_close(wrapped_loss, loss, rtol=1e-5, atol=0)
+    for name, gradient in actual.items():
+        assert relative(gradient, expected[name]) < 1e-4, name
+
+
+def test_generates_the_same_with_left_padding(wrap, model) -> None:
+    options = {"max_new_tokens": 3 * WINDOW, "do_sample": False}
+    expected = model.generate(**left_padded(), **options)
+    assert torch.equal(wrap(model).generate(**left_padded(), **options), expected)
+    # Negative control: the padding mask matters.
+    unmasked = left_padded() | {"attention_mask": torch.ones_like(left_padded()["attention_mask"])}
+    assert not torch.equal(model.generate(**unmasked, **options), expected)
+
+
+def test_trains(wrap, model) -> None:
+    wrap(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss = model(ids(), labels=ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_refuses_by_name(wrap, model) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
+    with pytest.raises(
+        CompatibilityError, match="LlamaForCausalLM is a llama model: only gpt_oss models can be wrapped"
+    ):
+        wrap(llama)
+    with pytest.raises(CompatibilityError, match="Linear is not a GPT-OSS model"):
+        wrap(nn.Linear(2, 2))
+    with pytest.raises(CompatibilityError, match="Sequential is not a GPT-OSS model but holds one at .0"):
+        wrap(nn.Sequential(model))
+    with pytest.raises(TypeError, match="the class GptOssForCausalLM, not a model"):
+        wrap(GptOssForCausalLM)
+    with pytest.raises(CompatibilityError, match="already torch.compiled"):
+        wrap(torch.compile(model, backend="eager"))
+    assert not stack_of(model)
+
+
+def test_any_head(wrap) -> None:
+    from transformers import GptOssForSequenceClassification, GptOssModel
+
+    for kind in (GptOssModel, GptOssForSequenceClassification):
+        torch.manual_seed(0)
+        model = kind(tiny_config()).eval()
+        expected = model(ids())[0]
+        assert relative(wrap(model)(ids())[0], expected) < 1e-5
+        undo(model)
+        assert not stack_of(model)
