@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .version import __version__
+from . import BackendError, CompatibilityError, __version__
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -70,7 +70,6 @@ def _whole_number(least: int) -> Callable[[str], int]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .core import BackendError, CompatibilityError
     from .demo import DemoError, run_demo
 
     chosen = {name: getattr(args, name) for name in ("lengths", "new_tokens", "dtype", "threads")}

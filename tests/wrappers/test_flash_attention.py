@@ -271,19 +271,26 @@ def test_autocast() -> None:
     assert relative(results[1][1], exact) < 2 * relative(results[0][1], exact) + 0.01
 
 
-def test_compiled_forward() -> None:
+# torch's own, while tracing older versions of transformers.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_forward_and_backward_are_one_graph() -> None:
     eager, fast = pair()
+    for model in (eager, fast):
+        # The grouped experts of transformers break the graph when gradients are on.
+        model.set_experts_implementation("batched_mm")
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     mask = padded("left")
     inputs = {"input_ids": ids(3, LENGTH), "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    explained = torch._dynamo.explain(fast)(ids(2, LENGTH))
-    assert not [reason for reason in explained.break_reasons if "attention" in str(reason.user_stack).lower()]
-    compiled = torch.compile(fast, backend="aot_eager")
-    assert relative(compiled(ids(2, LENGTH)).logits, eager(ids(2, LENGTH)).logits) < 1e-5
+    assert relative(compiled(ids(2, LENGTH), use_cache=False).logits, eager(ids(2, LENGTH)).logits) < 1e-5
     valid = mask.bool()
-    assert relative(compiled(**inputs).logits[valid], eager(**inputs).logits[valid]) < 1e-5
+    assert relative(compiled(**inputs, use_cache=False).logits[valid], eager(**inputs).logits[valid]) < 1e-5
     # Packing is found from the positions while tracing too.
-    packed, tokens = compiled(ids(1, sum(PACKED)), position_ids=packed_positions()).logits, ids(1, sum(PACKED))
-    assert relative(packed, fast(tokens, position_ids=packed_positions()).logits) < 1e-5
+    packed = {"input_ids": ids(1, sum(PACKED)), "position_ids": packed_positions(), "use_cache": False}
+    loss, expected = loss_and_gradients(fast, labels=packed["input_ids"], **packed)
+    compiled_loss, actual = loss_and_gradients(compiled, labels=packed["input_ids"], **packed)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
+    for name, gradient in actual.items():
+        assert relative(gradient, expected[name.removeprefix("_orig_mod.")]) < 1e-4, name
 
 
 @torch.no_grad()

@@ -1,0 +1,173 @@
+"""The demo: one GPT-OSS checkpoint in eager attention and in each wrapper, measured and compared.
+
+Each stack is measured in a process of its own, so that its memory is its own. Timed once, after a short warm-up.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from ..core import explain
+from ..testing import random_checkpoint
+from ..wrappers.flash_attention import with_flash_attention
+from .measure import Subject, Wrap
+from .report import Report, Result
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stack of the table: its label, and what puts it on a model (None: the model as transformers loads it)."""
+
+    label: str
+    wrap: Wrap | None = None
+
+
+# The others are compared with the first. A new wrapper adds one row.
+ROWS = (
+    Row("eager (transformers)"),
+    Row("with_flash_attention", with_flash_attention),
+)
+
+CODE = """\
+from transformers import AutoModelForCausalLM
+from gptoss_opt import {name}
+model = {name}(AutoModelForCausalLM.from_pretrained("{model}"))"""
+
+
+class DemoError(Exception):
+    """The demo cannot run; the message is one sentence for the user."""
+
+
+def check_model(path: str, longest: int) -> None:
+    """Raise `DemoError` if this is not the folder or hub id of a GPT-OSS model that takes so many tokens."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DemoError(
+            f"cannot read the config of {path!r}: it is neither a folder with a config.json that transformers knows, "
+            "nor a model that the Hugging Face hub gives us; check the name and the connection."
+        ) from error
+    if config.model_type != "gpt_oss":
+        raise DemoError(f"{path!r} is a {config.model_type} model, and the demo takes gpt_oss models only.")
+    if longest > config.max_position_embeddings:
+        raise DemoError(f"{path!r} takes {config.max_position_embeddings} tokens at most, not {longest}.")
+
+
+# One per measuring process: a model stays where it is, and only file names and numbers travel.
+_subject: Subject | None = None
+
+
+def _load(*args: Any) -> str:
+    global _subject
+    _subject = Subject(*args)
+    return str(explain(_subject.model))
+
+
+def _measure(*args: Any) -> Result:
+    assert _subject is not None
+    return _subject.measure(*args)
+
+
+def _quiet() -> None:
+    untyped: Any = transformers_logging
+    untyped.set_verbosity_error()
+    untyped.disable_progress_bar()
+
+
+@contextmanager
+def _caller(isolated: bool) -> Iterator[Callable[..., Any]]:
+    """`call(function, *args)`: all calls run in one new process, or here."""
+    if not isolated:
+        yield lambda function, *args: function(*args)
+        return
+    # Not forked: a copy of a process that has used torch's threads, or CUDA, may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Say in one sentence what a user can run into while a model is loaded and run."""
+    try:
+        yield
+    except OSError as error:
+        raise DemoError(f"cannot load or run {path!r}: {' '.join(str(error).split())}") from error
+    except (MemoryError, RuntimeError) as error:
+        known = (MemoryError, torch.OutOfMemoryError, BrokenProcessPool)
+        if isinstance(error, known) or "DefaultCPUAllocator" in str(error):
+            raise DemoError("out of memory, or killed: use shorter --lengths or a smaller model.") from error
+        raise
+
+
+def run_demo(
+    model: str | None = None,
+    *,
+    lengths: Sequence[int] = (512, 2048),
+    new_tokens: int = 16,
+    dtype: str | None = None,
+    threads: int | None = None,
+    size: str = "small",
+    rows: Sequence[Row] = ROWS,
+    isolated: bool = True,
+) -> Report:
+    """Generate and train one step with every stack at every length, and compare with the first stack.
+
+    Args:
+        model: a folder or a hub id; None writes a random checkpoint and removes it afterwards.
+        lengths: prompt lengths in tokens.
+        new_tokens: how many tokens to generate, greedily.
+        dtype: to load the weights in; None is "float32" for the random checkpoint, else "auto", the dtype of the file.
+        threads: CPU threads; None leaves that to torch.
+        size: of the random checkpoint.
+        rows: the stacks.
+        isolated: measure each stack in a process of its own. Without, memory is less exact.
+
+    Raises:
+        DemoError: the model cannot be loaded, is not a GPT-OSS model, or does not fit into memory.
+
+    Example:
+        >>> report = run_demo(size="tiny", lengths=[16], new_tokens=2, isolated=False)
+        >>> report.problems
+        ()
+    """
+    # In growing order, so that memory the allocator keeps from a shorter run never exceeds the peak of a longer one.
+    lengths = sorted(set(lengths))
+    dtype = dtype or ("auto" if model else "float32")
+    with tempfile.TemporaryDirectory(prefix="gptoss_opt-demo-") as scratch:
+        path = model or str(random_checkpoint(Path(scratch, "checkpoint"), size))
+        check_model(path, lengths[-1])
+        results: list[Result] = []
+        explanation = ""
+        bar_format = "{desc:<42}{bar}| {n_fmt}/{total_fmt} {elapsed}"
+        with tqdm(total=len(rows) * (1 + len(lengths)), bar_format=bar_format, ncols=80) as bar:
+            for row in rows:
+                with _explained(path), _caller(isolated) as call:
+                    bar.set_description_str(f"{row.label}: load")
+                    explanation = call(_load, path, dtype, row.label, row.wrap, threads)
+                    bar.update()
+                    for length in lengths:
+                        bar.set_description_str(f"{row.label}: length {length}")
+                        results.append(call(_measure, length, new_tokens, Path(scratch, f"first-{length}.pt")))
+                        bar.update()
+    name = model or f"random checkpoint, size {size!r}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return Report(
+        f"{name}, dtype {dtype}, {new_tokens} new tokens, on {device} ({threads or torch.get_num_threads()} threads)",
+        tuple(sorted(results, key=lambda result: result.length)),
+        explanation,
+        CODE.format(name=rows[-1].label, model=model or "openai/gpt-oss-20b"),
+    )

@@ -1,0 +1,178 @@
+"""The demo: it measures, compares and judges, and its errors are one sentence."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptoss_opt import cli, demo, with_flash_attention
+from gptoss_opt.demo import ROWS, DemoError, Row, run_demo
+from gptoss_opt.demo.measure import PeakMemory, compare
+from gptoss_opt.testing import random_checkpoint
+
+
+def small_run(**changes: Any) -> demo.Report:
+    """The demo within the process of the tests, on a tiny checkpoint."""
+    settings = {"size": "tiny", "lengths": [24, 8], "new_tokens": 4, "isolated": False}
+    return run_demo(**{**settings, **changes})
+
+
+def without_sinks(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-1e4)
+    return model
+
+
+def frozen_sinks(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.self_attn.sinks.requires_grad_(False)
+    return model
+
+
+def test_every_stack_at_every_length_gives_the_same_model() -> None:
+    report = small_run()
+    assert [(line.length, line.stack) for line in report.results] == [(n, row.label) for n in (8, 24) for row in ROWS]
+    assert report.problems == ()
+    for line in report.results:
+        assert line.same_tokens == line.new_tokens == 4
+        assert line.generate_seconds > 0
+        assert line.train_seconds > 0
+        assert line.logit_difference < 1e-4
+        assert line.sink_difference is not None
+        assert line.sink_difference < 1e-4
+
+
+def test_what_it_prints() -> None:
+    text = str(small_run())
+    for expected in (
+        "random checkpoint, size 'tiny', dtype float32, 4 new tokens",
+        "length  stack                 same greedy tokens  max logit diff  sink grad diff",
+        "8       eager (transformers)  -                   -               -",
+        "24      with_flash_attention  yes",
+        "Peak memory: the most that generating and training took beyond the\nloaded model",
+        "GptOssForCausalLM: 1 wrapper",
+    ):
+        assert expected in text
+    lines = text.splitlines()
+    assert lines[-3] == "from transformers import AutoModelForCausalLM"
+    assert lines[-1].startswith("model = with_flash_attention(")
+    compile("\n".join(lines[-3:]), "demo", "exec")
+    assert "NOT THE SAME" not in text
+
+
+def test_a_stack_that_changes_the_model_is_found() -> None:
+    rows = (Row("eager"), Row("no sinks", without_sinks))
+    for dtype in ("float32", "bfloat16"):
+        report = small_run(rows=rows, lengths=[24], dtype=dtype)
+        assert any(problem.startswith("no sinks at length 24: the median") for problem in report.problems)
+        assert f"NOT THE SAME: {report.problems[0]}" in str(report)
+
+
+def test_16_bits_have_room_for_rounding() -> None:
+    assert small_run(dtype="bfloat16").problems == ()
+
+
+def test_frozen_sinks_are_not_judged_and_lost_gradients_are() -> None:
+    report = small_run(rows=(Row("eager"), Row("frozen", frozen_sinks)), lengths=[8])
+    assert report.problems == ()
+    assert "no gradient" in str(report)
+    tokens, logits, sinks = torch.ones(2), torch.randn(300, 8), torch.randn(6)
+    agreement = compare((tokens, logits, sinks), (tokens, logits, torch.zeros(6)))
+    assert agreement.sink_difference == 1
+    assert len(agreement.problems) == 1
+
+
+def test_compare_sees_every_position_and_nan() -> None:
+    first = (torch.tensor([1, 2, 3]), torch.randn(300, 8), torch.randn(6))
+    assert compare(first, first) == (3, 0.0, 0.0, ())
+    logits = first[1].clone()
+    logits[299, 7] += 1
+    other = compare(first, (torch.tensor([1, 5, 3]), logits, first[2]))
+    assert other.same_tokens == 1
+    assert other.logit_difference == pytest.approx(1, rel=1e-3)
+    assert [problem.split()[:2] for problem in other.problems] == [["the", "greedy"], ["max", "logit"]]
+    assert len(compare(first, (first[0], logits * torch.nan, first[2])).problems) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    memory = PeakMemory(torch.device("cpu"))
+    memory.reset()
+    torch.ones(2**24)
+    peak = memory.peak()
+    assert peak is not None
+    assert 60 < peak < 80
+    memory.reset()
+    after = memory.peak()
+    assert after is not None
+    assert after < 10
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    given: list[Any] = []
+
+    def run(model: str | None, **options: Any) -> demo.Report:
+        given.append((model, options))
+        return small_run(model=model, rows=rows, **options)
+
+    monkeypatch.setattr(demo, "run_demo", run)
+    path = str(random_checkpoint(tmp_path / "checkpoint"))
+    rows: tuple[Row, ...] = ROWS
+    arguments = ["demo", "--model", path, "--lengths", "8", "12", "--new-tokens", "3", "--dtype", "float32"]
+    assert cli.main(arguments) == 0
+    assert given == [(path, {"lengths": [8, 12], "new_tokens": 3, "dtype": "float32"})]
+    assert f'from_pretrained("{path}")' in capsys.readouterr().out
+    rows = (Row("eager"), Row("no sinks", without_sinks))
+    assert cli.main(arguments) == 1
+    assert "NOT THE SAME" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lengths", [["1"], ["0"], ["-3"], ["many"], ["8", "2.5"], []])
+def test_bad_lengths_are_argument_errors(lengths: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["demo", "--lengths", *lengths])
+    assert exit_info.value.code == 2
+    assert "argument --lengths" in capsys.readouterr().err
+
+
+def test_models_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    short = random_checkpoint(tmp_path / "short")
+    for model, sentence in {
+        str(tmp_path / "missing"): "cannot read the config of '.*missing': it is neither a folder",
+        str(tmp_path / "llama"): "'.*llama' is a llama model, and the demo takes gpt_oss models only.",
+        str(short): "'.*short' takes 131072 tokens at most, not 200000.",
+    }.items():
+        with pytest.raises(DemoError, match=sentence):
+            run_demo(model, lengths=[200_000], isolated=False)
+        assert cli.main(["demo", "--model", model, "--lengths", "200000"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("gptoss_opt demo: ")
+        assert error.count("\n") == 1
+    next(short.glob("*-00001-*")).unlink()
+    with pytest.raises(DemoError, match="cannot load or run '.*short'"):
+        small_run(model=str(short))
+
+
+@pytest.mark.parametrize("error", [BrokenProcessPool(), MemoryError(), torch.OutOfMemoryError()])
+def test_out_of_memory_is_said(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(demo, "_measure", fail)
+    with pytest.raises(DemoError, match="out of memory, or killed: use shorter --lengths or a smaller model."):
+        small_run()
+
+
+def test_a_wrapper_that_refuses_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = random_checkpoint(tmp_path / "checkpoint")
+    config = path / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
+    monkeypatch.setattr(demo, "run_demo", lambda model: small_run(model=model, rows=(Row("x", with_flash_attention),)))
+    assert cli.main(["demo", "--model", str(path)]) == 2
