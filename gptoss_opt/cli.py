@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         type=_whole_number(2),
         nargs="+",
         metavar="N",
-        help="prompt lengths in tokens (default: 512 2048)",
+        help="prompt lengths in tokens (default: 1024 2048)",
     )
     demo.add_argument(
         "--new-tokens",

@@ -116,7 +116,7 @@ def _explained(path: str) -> Iterator[None]:
 def run_demo(
     model: str | None = None,
     *,
-    lengths: Sequence[int] = (512, 2048),
+    lengths: Sequence[int] = (1024, 2048),
     new_tokens: int = 16,
     dtype: str | None = None,
     threads: int | None = None,

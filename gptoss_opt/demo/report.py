@@ -16,8 +16,8 @@ HEADINGS = (
 )
 FOOTNOTE = """\
 Differences and (ratios) are to the first row of each length; the sink gradient difference is relative.
-Train step: forward with labels, and backward. Peak memory: the most that generating and training took beyond the
-loaded model (on CUDA as torch counts it, on Linux the resident memory of the process; n/a elsewhere)."""
+Each was run once. Train step: forward with labels, and backward. Peak memory: the most that both took beyond the
+loaded model (on CUDA as torch counts it, on Linux the resident memory of the process, n/a elsewhere)."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def test_what_it_prints() -> None:
         "length  stack                 same greedy tokens  max logit diff  sink grad diff",
         "8       eager (transformers)  -                   -               -",
         "24      with_flash_attention  yes",
-        "Peak memory: the most that generating and training took beyond the\nloaded model",
+        "Peak memory: the most that both took beyond the\nloaded model",
         "GptOssForCausalLM: 1 wrapper",
     ):
         assert expected in text
