@@ -217,7 +217,7 @@ def main() -> None:
     """Run the cases, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="run only the cases whose name contains this, and write nothing")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     cases = CPU_CASES if device().type == "cpu" else GPU_CASES

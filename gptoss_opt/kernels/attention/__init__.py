@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, AttentionRequest
+from .backends import BACKENDS, AttentionRequest, kernel_named
 from .op import sink_attention
 from .reference import reference_attention
 from .visible import Visible, starts_from_cu_seq_lens, starts_from_positions
@@ -64,7 +64,10 @@ def attention(
         raise ValueError(f"attention takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
     if backend == "reference":
         return reference_attention(q, k, v, sinks, visible, scale, window)
-    return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor or q.is_meta:
+        return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
+    # The operator is for autograd and tracing; without either, a decode step need not pay for it.
+    return kernel_named(backend).forward(q, k, v, sinks, visible, scale, window)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, window: int | None) -> None:

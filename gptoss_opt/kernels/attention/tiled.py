@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .folded import Folded
-from .tiles import Blocks, Rectangle, Step, Tile, chunks_of, tiles_of
-from .visible import Visible, dense_mask, first_slot, segments
+from . import decode
+from .tiles import Blocks, Rectangle, Tile, chunks_of, tiles_of
+from .visible import Visible, dense_mask, segments
 
 
 class TileKernel(Protocol):
@@ -47,10 +47,6 @@ class TileKernel(Protocol):
         ...
 
 
-FOLDED = Folded()
-"""What does one query per row, on every device: a flash kernel would gain nothing there, and is less exact."""
-
-
 def forward(
     kernel: TileKernel,
     q: Tensor,
@@ -62,15 +58,16 @@ def forward(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, T, D] and the log-sum-exp, sink included, [B, H, T]."""
+    if _decodes(q, k, visible):
+        return decode.forward(q, k, v, sinks, visible, scale, window)
     batch, heads, num_queries, dim = q.shape
     out = q.new_zeros(batch, num_queries, heads, dim).transpose(1, 2)
     # Before any key is seen there is only the sink. A trailing dim lets tiles treat it as they treat queries.
     lse = sinks.to(accumulator(q.dtype))[None, :, None, None].repeat(batch, 1, num_queries, 1)
     for tile, mask in _plan(q, k, visible, window):
-        flash = FOLDED if isinstance(tile, Step) else kernel
         q_tile = tile.queries(q, k.shape[1])
         k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
-        part, part_lse = flash.forward(q_tile, k_tile, v_tile, mask, tile.causal, scale)
+        part, part_lse = kernel.forward(q_tile, k_tile, v_tile, mask, tile.causal, scale)
         _merge(tile.queries(out, k.shape[1]), tile.queries(lse, k.shape[1]), part, part_lse[..., None], tile.first)
     return out, lse.squeeze(-1)
 
@@ -88,15 +85,16 @@ def backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [B, H, T, D], dk and dv [B, N, S, D], given what `forward` returned."""
+    if _decodes(q, k, visible):
+        return decode.backward(d_out, q, k, v, out, lse, visible, scale, window)
     lse = lse[..., None]
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     # Heads of a group and neighbouring tiles add up in one key: sum them in at least float32.
     dk, dv = (x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in (k, v))
     for tile, mask in _plan(q, k, visible, window):
-        flash = FOLDED if isinstance(tile, Step) else kernel
         q_tile, out_tile, lse_tile, d_out_tile = (tile.queries(x, k.shape[1]) for x in (q, out, lse, d_out))
         k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
-        parts = flash.backward(
+        parts = kernel.backward(
             d_out_tile, q_tile, k_tile, v_tile, out_tile, lse_tile.squeeze(-1), mask, tile.causal, scale
         )
         dq_tile = tile.queries(dq, k.shape[1])
@@ -112,6 +110,10 @@ def backward(
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _decodes(q: Tensor, k: Tensor, visible: Visible) -> bool:
+    return q.shape[2] == 1 and k.shape[2] > 0 and visible.mask is None
 
 
 def _widen(keys: Tensor, queries: Tensor) -> Tensor:
@@ -140,8 +142,6 @@ def _plan(q: Tensor, k: Tensor, visible: Visible, window: int | None) -> Iterato
         return
     if visible.mask is not None:
         yield from _plan_mask(q, visible.mask, num_kv_heads, num_keys)
-    elif num_queries == 1:
-        yield _plan_step(q, visible, num_keys, window)
     else:
         band: dict[int, Tensor] = {}
         for segment in segments(visible, batch, num_queries, num_keys):
@@ -168,16 +168,6 @@ def _plan_mask(q: Tensor, mask: Tensor, num_kv_heads: int, num_keys: int) -> Ite
         for begin in range(0, num_queries, BLOCK_OF_MASK):
             end = min(begin + BLOCK_OF_MASK, num_queries)
             yield Rectangle(row, begin, end, 0, num_keys), additive(heads_mask[:, :, begin:end], q.dtype)
-
-
-def _plan_step(q: Tensor, visible: Visible, num_keys: int, window: int | None) -> tuple[Tile, Tensor | None]:
-    if visible.everything:
-        return Step(0 if window is None else max(0, num_keys - window), num_keys), None
-    # On the CPU the place of the query can be read, and empty slots left out. A GPU must not wait: mask them.
-    k1 = first_slot(visible, 1, num_keys) + 1 if q.device.type == "cpu" else num_keys
-    k0 = max(0, k1 - window) if window is not None and q.device.type == "cpu" else 0
-    mask = dense_mask(visible, 1, num_keys, window, q.device)[..., k0:k1]
-    return Step(k0, k1), additive(mask, q.dtype)
 
 
 def _band(num_queries: int, window: int, device: torch.device) -> Tensor:

@@ -84,27 +84,7 @@ class Blocks:
         return x[first:last].unfold(0, end - begin, self.num_queries).mT
 
 
-@dataclass(frozen=True)
-class Step:
-    """One query per row (decoding): the query heads of a group become the kernel's queries, nothing is repeated."""
-
-    k0: int
-    k1: int
-    causal: bool = False
-    band: bool = False
-    first: bool = True
-
-    def queries(self, x: Tensor, num_kv_heads: int) -> Tensor:
-        return x.squeeze(2).unflatten(1, (num_kv_heads, -1))
-
-    def keys(self, x: Tensor) -> Tensor:
-        return x[:, :, self.k0 : self.k1]
-
-    def add_to_keys(self, total: Tensor, part: Tensor) -> None:
-        total[:, :, self.k0 : self.k1] += part
-
-
-Tile = Rectangle | Blocks | Step
+Tile = Rectangle | Blocks
 
 
 def tiles_of(segment: Segment, window: int | None, num_kv_heads: int) -> Iterator[Rectangle | Blocks]:
