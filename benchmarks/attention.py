@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from benchmarks.harness import alternate, device, gemm_rate, median_ratio, peak_memory, record, table, threads
+from gptoss_opt import undo, with_flash_attention
 from gptoss_opt.kernels.attention import attention
 
 HEADS, KV_HEADS, DIM = 64, 8, 64
@@ -58,6 +60,7 @@ GPU_CASES = tuple(
 )
 # Eager scores of 32768 keys fill a card: beyond this, flex_attention is the only peer.
 LONGEST_EAGER = 8192
+PREFILL_LENGTHS = (2048, 8192)
 MEMORY_LENGTHS, MEMORY_RATIO = (4096, 8192), 2.2
 
 
@@ -181,6 +184,34 @@ def memory_points() -> list[dict[str, Any]]:
     return points
 
 
+def prefill_points(repeats: int) -> list[dict[str, Any]]:
+    """Prefill of a random model of the 20b's shape, in bfloat16, eager and wrapped (a GPU only: 42 GB of weights)."""
+    config = GptOssConfig(num_hidden_layers=24, num_local_experts=32)
+    with torch.device(device()):
+        model = GptOssForCausalLM._from_config(config, dtype=BF16).eval()
+    points = []
+    for length in PREFILL_LENGTHS:
+        tokens = torch.randint(config.vocab_size, (1, length), device=device())
+
+        @torch.no_grad()
+        def prefill(wrapped: bool, tokens: Tensor = tokens) -> Tensor:
+            (with_flash_attention if wrapped else undo)(model)
+            return model(tokens, logits_to_keep=1).logits
+
+        times = alternate({"eager": partial(prefill, False), "ours": partial(prefill, True)}, repeats)
+        points.append(
+            {
+                "case": f"prefill of the 20b shape, {length} tokens, bfloat16",
+                "tokens/s": {name: round(length / statistics.median(taken), 1) for name, taken in times.items()},
+                "ratio": round(median_ratio(times["eager"], times["ours"]), 2),
+                "relative difference of the logits": float(
+                    (prefill(True) - prefill(False)).float().norm() / prefill(False).float().norm()
+                ),
+            }
+        )
+    return points
+
+
 def show(points: list[dict[str, Any]]) -> str:
     """The points as a table."""
     rows = []
@@ -195,6 +226,9 @@ def show(points: list[dict[str, Any]]) -> str:
                 rows.append(
                     (point["case"], "forward" if kind == "forward" else "forward+backward", peer, *cells, share)
                 )
+        if "tokens/s" in point:
+            speeds = (f"{point['tokens/s'][name]:.0f} tokens/s" for name in ("eager", "ours"))
+            rows.append((point["case"], "forward", "eager", *speeds, f"{point['ratio']:.1f}x", "", ""))
         if "bytes" in point:
             used = [f"{count / 2**20:.0f} MiB" for count in point["bytes"]]
             rows.append(
@@ -226,6 +260,7 @@ def main() -> None:
         rates = {dtype: gemm_rate(dtype) for dtype in {case.dtype for case in chosen}}
         points = [run(case, options.repeats, rates) for case in tqdm(chosen, unit="case")]
         points += memory_points() if not options.only else []
+        points += prefill_points(options.repeats) if device().type == "cuda" and not options.only else []
         rate_points = [{"case": f"GEMM rate {dtype}", "GFLOP/s": round(rate / 1e9, 1)} for dtype, rate in rates.items()]
         print(show(points))
         for point in rate_points:

@@ -148,6 +148,11 @@ def attention_forward(
     """transformers' attention interface: query [B, H, T, D] to ([B, T, H, D], no weights)."""
     if dropout:
         raise ValueError(f"with_flash_attention has no dropout, but attention_dropout is {dropout}: set it to 0.0.")
+    if kwargs.get("cache") is not None:
+        raise ValueError(
+            "generate_batch hands attention a paged cache, which with_flash_attention does not read. "
+            "Use generate, or take the wrapper off first: undo(model, with_flash_attention)."
+        )
     visible = attention_mask if isinstance(attention_mask, Visible) else Visible(mask=attention_mask)
     if visible.mask is None and query.shape[2] > 1:
         visible = visible._replace(starts=_starts(visible, query, position_ids, cu_seq_lens_q, cu_seq_lens_k))
