@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from gptoss_opt.kernels.attention import Visible
+from gptoss_opt.kernels.attention import Rules, Visible
 from gptoss_opt.kernels.attention.reference import reference_attention
 
 GOLDEN = Path(__file__).parent / "golden" / "small"
@@ -95,7 +95,7 @@ def assert_within_budget(
     d_out = torch.randn_like(inputs[0])
 
     def plain(*x: Tensor) -> Tensor:
-        return reference_attention(*x, visible, scale, window)
+        return reference_attention(*x, Rules(scale, window, visible))
 
     truth = differentiate(plain, [x.double() for x in inputs], d_out)
     # Nobody trains through one query, whose few gradients say little about rounding: they are tested in float64.

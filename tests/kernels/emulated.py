@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gptoss_opt.kernels.attention.varlen import Lengths
+from gptoss_opt.kernels.attention.varlen import VarlenCall
 
 
 def _logits(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
@@ -20,20 +20,18 @@ def _logits(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
     return logits.masked_fill(~seen, -torch.inf)
 
 
-def _sequences(lengths: Lengths) -> list[tuple[slice, slice]]:
-    cu_q, cu_k = lengths.cu_q.tolist(), lengths.cu_k.tolist()
-    assert lengths.max_q == max(b - a for a, b in pairwise(cu_q))
-    assert lengths.max_k == max(b - a for a, b in pairwise(cu_k))
+def _sequences(call: VarlenCall) -> list[tuple[slice, slice]]:
+    cu_q, cu_k = call.cu_q.tolist(), call.cu_k.tolist()
+    assert call.max_q == max(b - a for a, b in pairwise(cu_q))
+    assert call.max_k == max(b - a for a, b in pairwise(cu_k))
     return [(slice(*q), slice(*k)) for q, k in zip(pairwise(cu_q), pairwise(cu_k), strict=True)]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, window: int | None, sinks: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The output [P, H, D] and the log-sum-exp [H, P], sinks included if given."""
     outs, lses = [], []
-    for queries, keys in _sequences(lengths):
-        logits = _logits(q[queries], k[keys], scale, window)
+    for queries, keys in _sequences(call):
+        logits = _logits(q[queries], k[keys], call.scale, call.window)
         lse = logits.logsumexp(-1)
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
@@ -50,18 +48,16 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    lengths: Lengths,
-    scale: float,
-    window: int | None,
+    call: VarlenCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv from whatever `out` and `lse` are given, as flash kernels compute them."""
     group = q.shape[1] // k.shape[1]
     parts = []
-    for queries, keys in _sequences(lengths):
+    for queries, keys in _sequences(call):
         wide_k, wide_v = (x[keys].repeat_interleave(group, 1) for x in (k, v))
-        weights = (_logits(q[queries], k[keys], scale, window) - lse[:, queries, None]).exp()
+        weights = (_logits(q[queries], k[keys], call.scale, call.window) - lse[:, queries, None]).exp()
         delta = (d_out[queries] * out[queries]).sum(-1).mT[..., None]
-        d_logits = weights * (torch.einsum("qhd,khd->hqk", d_out[queries], wide_v) - delta) * scale
+        d_logits = weights * (torch.einsum("qhd,khd->hqk", d_out[queries], wide_v) - delta) * call.scale
         dq = torch.einsum("hqk,khd->qhd", d_logits, wide_k)
         dk = torch.einsum("hqk,qhd->khd", d_logits, q[queries]).unflatten(1, (-1, group)).sum(2)
         dv = torch.einsum("hqk,qhd->khd", weights, d_out[queries]).unflatten(1, (-1, group)).sum(2)
@@ -76,10 +72,8 @@ class EmulatedKernel:
     def __init__(self, knows_sinks: bool) -> None:
         self.knows_sinks = knows_sinks
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: Lengths, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
-        return forward(q, k, v, lengths, scale, window, sinks if self.knows_sinks else None)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
+        return forward(q, k, v, call, sinks if self.knows_sinks else None)
 
     def backward(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
         return backward(*args, **kwargs)

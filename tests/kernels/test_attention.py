@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoss_opt.kernels.attention import Visible, attention, varlen
+from gptoss_opt.kernels.attention import Rules, Visible, attention, varlen
 from gptoss_opt.kernels.attention.op import sink_attention
 from gptoss_opt.kernels.attention.reference import reference_attention
 from gptoss_opt.kernels.attention.torch_cpu import TorchCpu
@@ -27,17 +27,17 @@ class Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, visible, window, knows_sinks):
-        ctx.rest = EmulatedKernel(knows_sinks), TorchCpu(), visible, SCALE, window
-        kernel, masked, *rest = ctx.rest
-        out, lse = varlen.forward(kernel, masked, q, k, v, sinks, *rest)
+        ctx.rest = EmulatedKernel(knows_sinks), TorchCpu(), Rules(SCALE, window, visible)
+        kernel, masked, rules = ctx.rest
+        out, lse = varlen.forward(kernel, masked, q, k, v, sinks, rules)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        kernel, masked, *rest = ctx.rest
-        grads = varlen.backward(kernel, masked, d_out, q, k, v, out, lse, *rest)
+        kernel, masked, rules = ctx.rest
+        grads = varlen.backward(kernel, masked, d_out, q, k, v, out, lse, rules)
         d_sinks = -((sinks[:, None] - lse).exp() * (d_out * out).sum(-1)).sum((0, 2))
         return *grads, d_sinks, None, None, None
 
@@ -52,7 +52,7 @@ def test_exact_in_float64(path: str, num_queries: int, num_keys: int, kind: str,
         run = torch_backend(visible, window)
     else:
         run = lambda *x: Packed.apply(*x, visible, window, path == "packed, own sinks")  # noqa: E731
-    expected = differentiate(lambda *x: reference_attention(*x, visible, SCALE, window), tensors, d_out)
+    expected = differentiate(lambda *x: reference_attention(*x, Rules(SCALE, window, visible)), tensors, d_out)
     for name, a, b in zip(
         ("out", "dq", "dk", "dv", "dsinks"), differentiate(run, tensors, d_out), expected, strict=True
     ):

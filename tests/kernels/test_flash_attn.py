@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoss_opt.kernels.attention import AttentionRequest, varlen
+from gptoss_opt.kernels.attention import AttentionRequest, Rules, varlen
 from gptoss_opt.kernels.attention.backends import BACKENDS, FlashAttnPackage
 from gptoss_opt.kernels.attention.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
 from gptoss_opt.kernels.attention.reference import reference_attention
 from gptoss_opt.kernels.attention.torch_cpu import TorchCpu
-from gptoss_opt.kernels.attention.varlen import Lengths
+from gptoss_opt.kernels.attention.varlen import VarlenCall
 from tests.helpers import differentiate, relative
 from tests.kernels import emulated
 from tests.kernels.problems import SCALE, inputs, visibles
@@ -54,8 +54,9 @@ def fa2_forward(
 ) -> tuple[Tensor, ...]:
     assert causal
     assert dropout_p == 0.0
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = emulated.forward(q, k, v, lengths, softmax_scale, window_of(window_size_left, window_size_right))
+    window = window_of(window_size_left, window_size_right)
+    call = VarlenCall(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    out, lse = emulated.forward(q, k, v, call)
     return out, lse, torch.empty(0), torch.empty(2)
 
 
@@ -85,9 +86,9 @@ def fa2_backward(
 ) -> Tensor:
     assert causal
     assert softmax_lse.is_contiguous()
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window = window_of(window_size_left, window_size_right)
-    grads = emulated.backward(dout, q, k, v, out, softmax_lse, lengths, softmax_scale, window)
+    call = VarlenCall(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    grads = emulated.backward(dout, q, k, v, out, softmax_lse, call)
     for buffer, grad in zip((dq, dk, dv), grads, strict=True):
         buffer.copy_(grad)
     return torch.empty(0)
@@ -114,8 +115,9 @@ def fa3_forward(
     window_size_right: int = -1,
 ) -> tuple[Tensor, ...]:
     assert causal
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = emulated.forward(q, k, v, lengths, softmax_scale, window_of(window_size_left, window_size_right))
+    window = window_of(window_size_left, window_size_right)
+    call = VarlenCall(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    out, lse = emulated.forward(q, k, v, call)
     return out, lse, torch.empty(0), torch.empty(0)
 
 
@@ -144,9 +146,9 @@ def fa3_backward(
     sm_margin: int = 0,
 ) -> Tensor:
     assert is_causal
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window = window_of(window_size_left, window_size_right)
-    grads = emulated.backward(dout, q, k, v, out, softmax_lse, lengths, softmax_scale, window)
+    call = VarlenCall(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    grads = emulated.backward(dout, q, k, v, out, softmax_lse, call)
     for buffer, grad in zip((dq, dk, dv), grads, strict=True):
         buffer.copy_(grad)
     return torch.empty(0)
@@ -177,9 +179,9 @@ def fa4_forward(
     assert return_lse
     assert learnable_sink is not None
     assert learnable_sink.dtype == torch.bfloat16
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window = window_of(window_size_left, window_size_right)
-    return *emulated.forward(q, k, v, lengths, softmax_scale, window, learnable_sink), None, None
+    call = VarlenCall(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    return *emulated.forward(q, k, v, call, learnable_sink), None, None
 
 
 def fa4_backward(
@@ -203,9 +205,9 @@ def fa4_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
     assert causal
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window = window_of(window_size_left, window_size_right)
-    return emulated.backward(dout, q, k, v, out, lse, lengths, softmax_scale, window)
+    call = VarlenCall(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    return emulated.backward(dout, q, k, v, out, lse, call)
 
 
 STAND_INS = {
@@ -240,10 +242,10 @@ def test_adapters(name: str, kind: str, window: int | None, monkeypatch: pytest.
     q, k, v, sinks = inputs(33, 33)
     # What flash-attn 4 is given is bfloat16: compare on sinks that are.
     sinks = sinks.bfloat16().double()
-    visible, d_out = visibles(33, 33)[kind], torch.randn_like(q)
-    expected = differentiate(lambda *x: reference_attention(*x, visible, SCALE, window), [q, k, v, sinks], d_out)
-    out, lse = varlen.forward(kernel, TorchCpu(), q, k, v, sinks, visible, SCALE, window)
-    grads = varlen.backward(kernel, TorchCpu(), d_out, q, k, v, out, lse, visible, SCALE, window)
+    rules, d_out = Rules(SCALE, window, visibles(33, 33)[kind]), torch.randn_like(q)
+    expected = differentiate(lambda *x: reference_attention(*x, rules), [q, k, v, sinks], d_out)
+    out, lse = varlen.forward(kernel, TorchCpu(), q, k, v, sinks, rules)
+    grads = varlen.backward(kernel, TorchCpu(), d_out, q, k, v, out, lse, rules)
     for actual, wanted in zip((out, *grads), expected, strict=False):
         assert relative(actual, wanted) < 1e-10
 

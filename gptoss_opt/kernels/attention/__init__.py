@@ -8,11 +8,12 @@ from torch import Tensor
 from .backends import BACKENDS, AttentionRequest, kernel_named
 from .op import sink_attention
 from .reference import reference_attention
-from .visible import Visible, starts_from_cu_seq_lens, starts_from_positions
+from .visible import Rules, Visible, starts_from_cu_seq_lens, starts_from_positions
 
 __all__ = [
     "BACKENDS",
     "AttentionRequest",
+    "Rules",
     "Visible",
     "attention",
     "starts_from_cu_seq_lens",
@@ -62,12 +63,13 @@ def attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"attention takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
+    rules = Rules(scale, window, visible)
     if backend == "reference":
-        return reference_attention(q, k, v, sinks, visible, scale, window)
+        return reference_attention(q, k, v, sinks, rules)
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor or q.is_meta:
         return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
     # The operator is for autograd and tracing; without either, a decode step need not pay for it.
-    return kernel_named(backend).forward(q, k, v, sinks, visible, scale, window)[0]
+    return kernel_named(backend).forward(q, k, v, sinks, rules)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, window: int | None) -> None:

@@ -15,7 +15,7 @@ from . import tiled, varlen
 from .flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
 from .torch_cpu import TorchCpu
 from .torch_cuda import TorchEfficient, TorchFlash
-from .visible import Visible
+from .visible import Rules
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float64, torch.float32, *HALF)
@@ -33,20 +33,9 @@ class AttentionRequest:
 class SinkKernel(Protocol):
     """Attention with sinks, forward and backward. Shapes as in `tiled.forward` and `tiled.backward`."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]: ...
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        visible: Visible,
-        scale: float,
-        window: int | None,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -92,24 +81,13 @@ class FlashAttnPackage:
             return f"does not run on a GPU of compute capability {major}.x"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
-        return varlen.forward(self.kernel, TorchEfficient(), q, k, v, sinks, visible, scale, window)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+        return varlen.forward(self.kernel, TorchEfficient(), q, k, v, sinks, rules)
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        visible: Visible,
-        scale: float,
-        window: int | None,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return varlen.backward(self.kernel, TorchEfficient(), d_out, q, k, v, out, lse, visible, scale, window)
+        return varlen.backward(self.kernel, TorchEfficient(), d_out, q, k, v, out, lse, rules)
 
 
 class Torch:
@@ -128,32 +106,21 @@ class Torch:
             return f"has no flash kernel for {request.dtype} on {request.device_type}"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
         if q.device.type == "cpu":
-            return tiled.forward(TorchCpu(), q, k, v, sinks, visible, scale, window)
+            return tiled.forward(TorchCpu(), q, k, v, sinks, rules)
         if _flash_takes(q):
-            return varlen.forward(TorchFlash(), TorchEfficient(), q, k, v, sinks, visible, scale, window)
-        return tiled.forward(TorchEfficient(), q, k, v, sinks, visible, scale, window)
+            return varlen.forward(TorchFlash(), TorchEfficient(), q, k, v, sinks, rules)
+        return tiled.forward(TorchEfficient(), q, k, v, sinks, rules)
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        visible: Visible,
-        scale: float,
-        window: int | None,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
     ) -> tuple[Tensor, Tensor, Tensor]:
         if q.device.type == "cpu":
-            return tiled.backward(TorchCpu(), d_out, q, k, v, out, lse, visible, scale, window)
+            return tiled.backward(TorchCpu(), d_out, q, k, v, out, lse, rules)
         if _flash_takes(q):
-            return varlen.backward(TorchFlash(), TorchEfficient(), d_out, q, k, v, out, lse, visible, scale, window)
-        return tiled.backward(TorchEfficient(), d_out, q, k, v, out, lse, visible, scale, window)
+            return varlen.backward(TorchFlash(), TorchEfficient(), d_out, q, k, v, out, lse, rules)
+        return tiled.backward(TorchEfficient(), d_out, q, k, v, out, lse, rules)
 
 
 def _flash_takes(q: Tensor) -> bool:

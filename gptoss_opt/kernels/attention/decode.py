@@ -12,15 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .visible import Visible, dense_mask, first_slot
+from .visible import Rules, dense_mask, first_slot
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """q [B, H, 1, D] -> the output [B, H, 1, D] and the log-sum-exp, sink included, [B, H, 1]."""
-    slots, seen = _seen(q, k, visible, window)
-    logits = _logits(_fold(q, k), k[:, :, slots], seen, scale)
+    slots, seen = _seen(q, k, rules)
+    logits = _logits(_fold(q, k), k[:, :, slots], seen, rules.scale)
     sink = sinks.to(logits.dtype).view(1, k.shape[1], -1, 1)
     largest = torch.maximum(logits.amax(-1, keepdim=True), sink)
     weights = logits.sub_(largest).exp_()
@@ -31,22 +29,14 @@ def forward(
 
 
 def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    visible: Visible,
-    scale: float,
-    window: int | None,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [B, H, 1, D], dk and dv [B, N, S, D], given what `forward` returned."""
-    slots, seen = _seen(q, k, visible, window)
+    slots, seen = _seen(q, k, rules)
     q_rows, out_rows, d_rows, lse_rows = (_fold(x, k) for x in (q, out, d_out, lse[..., None]))
-    weights = (_logits(q_rows, k[:, :, slots], seen, scale) - lse_rows).exp_()
+    weights = (_logits(q_rows, k[:, :, slots], seen, rules.scale) - lse_rows).exp_()
     delta = torch.linalg.vecdot(d_rows.to(lse.dtype), out_rows.to(lse.dtype))[..., None]
-    d_logits = ((weights * ((d_rows @ v[:, :, slots].mT).to(lse.dtype) - delta)) * scale).to(q.dtype)
+    d_logits = ((weights * ((d_rows @ v[:, :, slots].mT).to(lse.dtype) - delta)) * rules.scale).to(q.dtype)
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     dk[:, :, slots] = d_logits.mT @ q_rows
     dv[:, :, slots] = weights.to(v.dtype).mT @ d_rows
@@ -64,9 +54,9 @@ def _logits(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
     return logits if seen is None else logits.masked_fill_(~seen, -torch.inf)
 
 
-def _seen(q: Tensor, k: Tensor, visible: Visible, window: int | None) -> tuple[slice, Tensor | None]:
+def _seen(q: Tensor, k: Tensor, rules: Rules) -> tuple[slice, Tensor | None]:
     """Which slots to look at, and which of them each row sees, bool [B or 1, 1, 1, s] (None: all of them)."""
-    num_keys = k.shape[2]
+    num_keys, (_, window, visible) = k.shape[2], rules
     if visible.everything:
         return slice(0 if window is None else max(0, num_keys - window), num_keys), None
     mask = dense_mask(visible, 1, num_keys, window, q.device)

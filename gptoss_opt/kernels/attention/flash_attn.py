@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .varlen import Lengths
+from .varlen import VarlenCall
 
 
 class FlashAttn2:
@@ -19,29 +19,20 @@ class FlashAttn2:
 
     knows_sinks = False
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: Lengths, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        out, lse, *_ = _flash_attn_varlen_forward(q=q, k=k, v=v, **self._common(lengths, scale, window))
+        out, lse, *_ = _flash_attn_varlen_forward(
+            q=q, k=k, v=v, dropout_p=0.0, causal=True, **_lengths(call), **_window(call, unlimited=-1)
+        )
         return out, lse
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        scale: float,
-        window: int | None,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        grads = {f"d{name}": torch.empty_like(x) for name, x in (("q", q), ("k", k), ("v", v))}
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         _flash_attn_varlen_backward(
             dout=d_out,
             q=q,
@@ -49,26 +40,18 @@ class FlashAttn2:
             v=v,
             out=out,
             softmax_lse=lse,
-            **grads,
-            **self._common(lengths, scale, window),
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            dropout_p=0.0,
+            causal=True,
             softcap=0.0,
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            **_lengths(call),
+            **_window(call, unlimited=-1),
         )
-        return grads["dq"], grads["dk"], grads["dv"]
-
-    def _common(self, lengths: Lengths, scale: float, window: int | None) -> dict[str, Any]:
-        return {
-            "cu_seqlens_q": lengths.cu_q,
-            "cu_seqlens_k": lengths.cu_k,
-            "max_seqlen_q": lengths.max_q,
-            "max_seqlen_k": lengths.max_k,
-            "dropout_p": 0.0,
-            "softmax_scale": scale,
-            "causal": True,
-            "window_size_left": -1 if window is None else window - 1,
-            "window_size_right": -1 if window is None else 0,
-        }
+        return dq, dk, dv
 
 
 class FlashAttn3:
@@ -76,29 +59,18 @@ class FlashAttn3:
 
     knows_sinks = False
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: Lengths, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         from flash_attn_interface import _flash_attn_forward
 
-        out, lse, *_ = _flash_attn_forward(q=q, k=k, v=v, causal=True, **self._common(lengths, scale, window))
+        out, lse, *_ = _flash_attn_forward(q=q, k=k, v=v, causal=True, **_lengths(call), **_window(call, unlimited=-1))
         return out, lse.contiguous()
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        scale: float,
-        window: int | None,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn_interface import _flash_attn_backward
 
-        grads = {f"d{name}": torch.empty_like(x) for name, x in (("q", q), ("k", k), ("v", v))}
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         _flash_attn_backward(
             dout=d_out,
             q=q,
@@ -106,23 +78,15 @@ class FlashAttn3:
             v=v,
             out=out,
             softmax_lse=lse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
             is_causal=True,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            **grads,
-            **self._common(lengths, scale, window),
+            **_lengths(call),
+            **_window(call, unlimited=-1),
         )
-        return grads["dq"], grads["dk"], grads["dv"]
-
-    def _common(self, lengths: Lengths, scale: float, window: int | None) -> dict[str, Any]:
-        return {
-            "cu_seqlens_q": lengths.cu_q,
-            "cu_seqlens_k": lengths.cu_k,
-            "max_seqlen_q": lengths.max_q,
-            "max_seqlen_k": lengths.max_k,
-            "softmax_scale": scale,
-            "window_size_left": -1 if window is None else window - 1,
-            "window_size_right": -1 if window is None else 0,
-        }
+        return dq, dk, dv
 
 
 class FlashAttn4:
@@ -134,44 +98,42 @@ class FlashAttn4:
 
     knows_sinks = True
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: Lengths, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        sink = sinks.to(torch.bfloat16)
         out, lse, *_ = _flash_attn_fwd(
-            q=q, k=k, v=v, learnable_sink=sink, return_lse=True, **self._common(lengths, scale, window)
+            q=q,
+            k=k,
+            v=v,
+            causal=True,
+            learnable_sink=sinks.to(torch.bfloat16),
+            return_lse=True,
+            **_lengths(call),
+            **_window(call, unlimited=None),
         )
         return out, lse
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        scale: float,
-        window: int | None,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        dq, dk, dv, *_ = _flash_attn_bwd(
-            q=q, k=k, v=v, out=out, dout=d_out, lse=lse, **self._common(lengths, scale, window)
-        )
+        common = {**_lengths(call), **_window(call, unlimited=None)}
+        dq, dk, dv, *_ = _flash_attn_bwd(q=q, k=k, v=v, out=out, dout=d_out, lse=lse, causal=True, **common)
         return dq, dk, dv
 
-    def _common(self, lengths: Lengths, scale: float, window: int | None) -> dict[str, Any]:
-        return {
-            "cu_seqlens_q": lengths.cu_q,
-            "cu_seqlens_k": lengths.cu_k,
-            "max_seqlen_q": lengths.max_q,
-            "max_seqlen_k": lengths.max_k,
-            "softmax_scale": scale,
-            "causal": True,
-            "window_size_left": None if window is None else window - 1,
-            "window_size_right": None if window is None else 0,
-        }
+
+def _lengths(call: VarlenCall) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": call.cu_q,
+        "cu_seqlens_k": call.cu_k,
+        "max_seqlen_q": call.max_q,
+        "max_seqlen_k": call.max_k,
+        "softmax_scale": call.scale,
+    }
+
+
+def _window(call: VarlenCall, unlimited: int | None) -> dict[str, int | None]:
+    """A window of w keys, the query's own included, is w - 1 to the left."""
+    left, right = (unlimited, unlimited) if call.window is None else (call.window - 1, 0)
+    return {"window_size_left": left, "window_size_right": right}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import kernel_named
 from .tiled import accumulator
-from .visible import Visible
+from .visible import Rules, Visible
 
 
 @torch.library.custom_op("gptoss_opt::sink_attention", mutates_args=())
@@ -30,8 +30,8 @@ def sink_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, T, D], laid out as [B, T, H, D], and the log-sum-exp, sink included, [B, H, T]."""
-    visible = Visible(q_start, keys, starts, mask)
-    return kernel_named(backend).forward(q, k, v, sinks, visible, scale, window)
+    rules = Rules(scale, window, Visible(q_start, keys, starts, mask))
+    return kernel_named(backend).forward(q, k, v, sinks, rules)
 
 
 @sink_attention.register_fake
@@ -63,8 +63,8 @@ def sink_attention_backward(
     With L the log-sum-exp, sink included, the sink's weight is `exp(sink - L)` and its value is zero, so
     `dsink = -sum(exp(sink - L) * (d_out * out).sum(-1))`.
     """
-    visible = Visible(q_start, keys, starts, mask)
-    dq, dk, dv = kernel_named(backend).backward(d_out, q, k, v, out, lse, visible, scale, window)
+    rules = Rules(scale, window, Visible(q_start, keys, starts, mask))
+    dq, dk, dv = kernel_named(backend).backward(d_out, q, k, v, out, lse, rules)
     weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
     d_sinks = -(weight * torch.linalg.vecdot(d_out.to(lse.dtype), out.to(lse.dtype))).sum((0, 2))
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), d_sinks.to(sinks.dtype)

@@ -8,17 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .visible import Visible, dense_mask
+from .visible import Rules, dense_mask
 
 
-def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, scale: float, window: int | None
-) -> Tensor:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> Tensor:
     """q [B, H, T, D], k and v [B, N, S, D], sinks [H] -> [B, H, T, D]. Memory grows with T * S.
 
     Each sink is one more logit in its head's softmax, with no value behind it
     (openai/gpt-oss, `gpt_oss/torch/model.py`, `sdpa`).
     """
+    scale, window, visible = rules
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scores = q @ k.mT * scale

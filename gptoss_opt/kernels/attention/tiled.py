@@ -12,91 +12,69 @@ Shapes: B batch, H query heads, N key/value heads, T queries, S keys, D head dim
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import decode
 from .tiles import Blocks, Rectangle, Tile, chunks_of, tiles_of
-from .visible import Visible, dense_mask, segments
+from .visible import Rules, Visible, dense_mask, segments
+
+
+class TileCall(NamedTuple):
+    """What a kernel is asked for: an additive mask that broadcasts to [b, g, t, s], or causality (then t = s)."""
+
+    mask: Tensor | None
+    causal: bool
+    scale: float
 
 
 class TileKernel(Protocol):
-    """A flash kernel on q [b, g, t, D], k and v [b, g, s, D] and an additive mask that broadcasts to [b, g, t, s]."""
+    """A flash kernel on q [b, g, t, D], k and v [b, g, s, D]."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: TileCall) -> tuple[Tensor, Tensor]:
         """The output [b, g, t, D] and the log-sum-exp [b, g, t] of the scaled logits."""
         ...
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: TileCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, given any `out` and `lse` [b, g, t]."""
         ...
 
 
-def forward(
-    kernel: TileKernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    visible: Visible,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
+def forward(kernel: TileKernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """The output [B, H, T, D] and the log-sum-exp, sink included, [B, H, T]."""
-    if _decodes(q, k, visible):
-        return decode.forward(q, k, v, sinks, visible, scale, window)
+    if _decodes(q, k, rules):
+        return decode.forward(q, k, v, sinks, rules)
     batch, heads, num_queries, dim = q.shape
     out = q.new_zeros(batch, num_queries, heads, dim).transpose(1, 2)
     # Before any key is seen there is only the sink. A trailing dim lets tiles treat it as they treat queries.
     lse = sinks.to(accumulator(q.dtype))[None, :, None, None].repeat(batch, 1, num_queries, 1)
-    for tile, mask in _plan(q, k, visible, window):
+    for tile, mask in _plan(q, k, rules.window, rules.visible):
         q_tile = tile.queries(q, k.shape[1])
         k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
-        part, part_lse = kernel.forward(q_tile, k_tile, v_tile, mask, tile.causal, scale)
+        part, part_lse = kernel.forward(q_tile, k_tile, v_tile, TileCall(mask, tile.causal, rules.scale))
         _merge(tile.queries(out, k.shape[1]), tile.queries(lse, k.shape[1]), part, part_lse[..., None], tile.first)
     return out, lse.squeeze(-1)
 
 
 def backward(
-    kernel: TileKernel,
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    visible: Visible,
-    scale: float,
-    window: int | None,
+    kernel: TileKernel, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [B, H, T, D], dk and dv [B, N, S, D], given what `forward` returned."""
-    if _decodes(q, k, visible):
-        return decode.backward(d_out, q, k, v, out, lse, visible, scale, window)
+    if _decodes(q, k, rules):
+        return decode.backward(d_out, q, k, v, out, lse, rules)
     lse = lse[..., None]
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     # Heads of a group and neighbouring tiles add up in one key: sum them in at least float32.
     dk, dv = (x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in (k, v))
-    for tile, mask in _plan(q, k, visible, window):
+    for tile, mask in _plan(q, k, rules.window, rules.visible):
         q_tile, out_tile, lse_tile, d_out_tile = (tile.queries(x, k.shape[1]) for x in (q, out, lse, d_out))
         k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
-        parts = kernel.backward(
-            d_out_tile, q_tile, k_tile, v_tile, out_tile, lse_tile.squeeze(-1), mask, tile.causal, scale
-        )
+        call = TileCall(mask, tile.causal, rules.scale)
+        parts = kernel.backward(d_out_tile, q_tile, k_tile, v_tile, out_tile, lse_tile.squeeze(-1), call)
         dq_tile = tile.queries(dq, k.shape[1])
         if tile.first:
             dq_tile.copy_(parts[0])
@@ -112,8 +90,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _decodes(q: Tensor, k: Tensor, visible: Visible) -> bool:
-    return q.shape[2] == 1 and k.shape[2] > 0 and visible.mask is None
+def _decodes(q: Tensor, k: Tensor, rules: Rules) -> bool:
+    return q.shape[2] == 1 and k.shape[2] > 0 and rules.visible.mask is None
 
 
 def _widen(keys: Tensor, queries: Tensor) -> Tensor:
@@ -134,7 +112,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool
     lse.copy_(merged)
 
 
-def _plan(q: Tensor, k: Tensor, visible: Visible, window: int | None) -> Iterator[tuple[Tile, Tensor | None]]:
+def _plan(q: Tensor, k: Tensor, window: int | None, visible: Visible) -> Iterator[tuple[Tile, Tensor | None]]:
     """Every tile with its additive mask."""
     batch, num_queries = q.shape[0], q.shape[2]
     num_kv_heads, num_keys = k.shape[1:3]

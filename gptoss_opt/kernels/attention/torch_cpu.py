@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tiled import TileCall
+
 
 class TorchCpu:
     """`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward.
@@ -13,27 +15,16 @@ class TorchCpu:
     then sums the gradients of a group in the dtype of the inputs: in bfloat16 twice the error, measured.
     """
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: TileCall) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+            q, k, v, 0.0, call.causal, attn_mask=call.mask, scale=call.scale
         )
         return out, lse
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: TileCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+            d_out, q, k, v, out, lse, 0.0, call.causal, attn_mask=call.mask, scale=call.scale
         )
         return dq, dk, dv

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .varlen import Lengths
+from .tiled import TileCall
+from .varlen import VarlenCall
 
 LSE_ALIGNMENT = 32
 BIAS_ALIGNMENT = 16
@@ -17,36 +18,25 @@ class TorchFlash:
 
     knows_sinks = False
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: Lengths, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q,
             k,
             v,
-            lengths.cu_q,
-            lengths.cu_k,
-            lengths.max_q,
-            lengths.max_k,
+            call.cu_q,
+            call.cu_k,
+            call.max_q,
+            call.max_k,
             0.0,
             True,
             False,
-            scale=scale,
-            **_window(window),
+            scale=call.scale,
+            **_window(call.window),
         )
         return out, lse
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        scale: float,
-        window: int | None,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Without dropout the kernel reads neither of the two random states, but wants tensors.
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -58,16 +48,16 @@ class TorchFlash:
             v,
             out,
             lse,
-            lengths.cu_q,
-            lengths.cu_k,
-            lengths.max_q,
-            lengths.max_k,
+            call.cu_q,
+            call.cu_k,
+            call.max_q,
+            call.max_k,
             0.0,
             True,
             rng_state,
             unused,
-            scale=scale,
-            **_window(window),
+            scale=call.scale,
+            **_window(call.window),
         )
         return dq, dk, dv
 
@@ -80,26 +70,15 @@ def _window(window: int | None) -> dict[str, int]:
 class TorchEfficient:
     """`aten::_scaled_dot_product_efficient_attention` and its backward: takes any mask, and float32."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        bias = _bias(mask, q, k)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: TileCall) -> tuple[Tensor, Tensor]:
+        bias = _bias(call.mask, q, k)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, bias, True, 0.0, causal, scale=scale
+            q, k, v, bias, True, 0.0, call.causal, scale=call.scale
         )
         return out, lse[..., : q.shape[2]]
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: TileCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The kernel reads whole blocks of the log-sum-exp: the rows beyond the last query must weigh nothing.
         lse = pad(lse, (0, -lse.shape[-1] % LSE_ALIGNMENT), value=torch.inf).contiguous()
@@ -109,15 +88,15 @@ class TorchEfficient:
             q,
             k,
             v,
-            _bias(mask, q, k),
+            _bias(call.mask, q, k),
             out,
             lse,
             seed,
             seed,
             0.0,
             [True, True, True, False],
-            causal,
-            scale=scale,
+            call.causal,
+            scale=call.scale,
         )
         return dq, dk, dv
 

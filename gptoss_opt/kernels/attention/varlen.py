@@ -11,23 +11,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import tiled
-from .visible import Segment, Visible, segments
+from .visible import Rules, Segment, segments
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Cumulative lengths of the packed sequences, int32 [num_sequences + 1], and the longest ones."""
+class VarlenCall(NamedTuple):
+    """What a kernel is asked for: cumulative lengths of the packed sequences, int32 [num_sequences + 1], the longest of
+    them, the scale, and the window (None: unlimited)."""
 
     cu_q: Tensor
     cu_k: Tensor
     max_q: int
     max_k: int
+    scale: float
+    window: int | None
 
 
 class VarlenKernel(Protocol):
@@ -39,23 +41,12 @@ class VarlenKernel(Protocol):
 
     knows_sinks: bool
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: Lengths, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         """The output [P, H, D] and the log-sum-exp, float32 [H, P]."""
         ...
 
     def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        scale: float,
-        window: int | None,
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, given any `out` [P, H, D] and `lse` [H, P]."""
         ...
@@ -63,28 +54,28 @@ class VarlenKernel(Protocol):
 
 @dataclass(frozen=True)
 class Packing:
-    """Which tokens of [B, T] and [B, S] are packed, in order (None: all of them), and their lengths."""
+    """Which tokens of [B, T] and [B, S] are packed, in order (None: all of them), and what to ask of the kernel."""
 
     queries: Tensor | None
     keys: Tensor | None
-    lengths: Lengths
+    call: VarlenCall
 
     @classmethod
-    def of(cls, found: list[Segment], shape: tuple[int, int, int], whole: bool, device: torch.device) -> Packing:
-        """The packing of these segments of a [batch, num_queries, num_keys] problem; `whole` if they cover it."""
-        _, num_queries, num_keys = shape
+    def of(cls, found: list[Segment], q: Tensor, k: Tensor, rules: Rules) -> Packing:
+        """The packing of these segments of attention on q [B, H, T, D] and k [B, N, S, D]."""
+        num_queries, num_keys, device = q.shape[2], k.shape[2], q.device
         q_lengths = [segment.q1 - segment.q0 for segment in found]
         k_lengths = [segment.k1 - segment.k0 for segment in found]
         cu_q, cu_k = (
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (q_lengths, k_lengths)
         )
-        lengths = Lengths(cu_q, cu_k, max(q_lengths, default=0), max(k_lengths, default=0))
-        if whole:
-            return cls(None, None, lengths)
+        call = VarlenCall(cu_q, cu_k, max(q_lengths), max(k_lengths), rules.scale, rules.window)
+        if rules.visible.everything:
+            return cls(None, None, call)
         queries = [torch.arange(s.q0, s.q1) + s.row * num_queries for s in found]
         keys = [torch.arange(s.k0, s.k1) + s.row * num_keys for s in found]
-        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), lengths)
+        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), call)
 
 
 def _pack(x: Tensor, tokens: Tensor | None) -> Tensor:
@@ -100,34 +91,25 @@ def _unpack(packed: Tensor, tokens: Tensor | None, batch: int, length: int) -> T
     return packed.unflatten(0, (batch, length)).transpose(1, 2)
 
 
-def _plan(q: Tensor, k: Tensor, visible: Visible) -> Packing | None:
+def _plan(q: Tensor, k: Tensor, rules: Rules) -> Packing | None:
     """How to pack this problem, or None if a varlen kernel cannot express it."""
-    if visible.mask is not None or q.shape[2] == 1 or not q.numel():
+    if rules.visible.mask is not None or q.shape[2] == 1 or not q.numel():
         return None
-    shape = (q.shape[0], q.shape[2], k.shape[2])
-    found = segments(visible, *shape)
-    if any(segment.holes for segment in found):
+    found = segments(rules.visible, q.shape[0], q.shape[2], k.shape[2])
+    if not found or any(segment.holes for segment in found):
         return None
-    return Packing.of(found, shape, visible.everything, q.device) if found else None
+    return Packing.of(found, q, k, rules)
 
 
 def forward(
-    kernel: VarlenKernel,
-    masked: tiled.TileKernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    visible: Visible,
-    scale: float,
-    window: int | None,
+    kernel: VarlenKernel, masked: tiled.TileKernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor]:
     """As `tiled.forward`. `masked` does what cannot be packed."""
-    packing = _plan(q, k, visible)
+    packing = _plan(q, k, rules)
     if packing is None:
-        return tiled.forward(masked, q, k, v, sinks, visible, scale, window)
+        return tiled.forward(masked, q, k, v, sinks, rules)
     tokens = _pack(q, packing.queries), _pack(k, packing.keys), _pack(v, packing.keys)
-    packed, packed_lse = kernel.forward(*tokens, sinks, packing.lengths, scale, window)
+    packed, packed_lse = kernel.forward(*tokens, sinks, packing.call)
     if not kernel.knows_sinks:
         total = torch.logaddexp(packed_lse, sinks.to(packed_lse.dtype)[:, None])
         packed = (packed * (packed_lse - total).exp().mT[..., None]).to(packed.dtype)
@@ -153,21 +135,19 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    visible: Visible,
-    scale: float,
-    window: int | None,
+    rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `tiled.backward`. `masked` does what cannot be packed."""
-    packing = _plan(q, k, visible)
+    packing = _plan(q, k, rules)
     if packing is None:
-        return tiled.backward(masked, d_out, q, k, v, out, lse, visible, scale, window)
+        return tiled.backward(masked, d_out, q, k, v, out, lse, rules)
     d_out_packed, q_packed, out_packed = (_pack(x, packing.queries) for x in (d_out, q, out))
     k_packed, v_packed = (_pack(x, packing.keys) for x in (k, v))
     lse_packed = lse.transpose(0, 1).flatten(1)
     if packing.queries is not None:
         lse_packed = lse_packed[:, packing.queries]
     dq, dk, dv = kernel.backward(
-        d_out_packed, q_packed, k_packed, v_packed, out_packed, lse_packed.contiguous(), packing.lengths, scale, window
+        d_out_packed, q_packed, k_packed, v_packed, out_packed, lse_packed.contiguous(), packing.call
     )
     return (
         _unpack(dq, packing.queries, q.shape[0], q.shape[2]),

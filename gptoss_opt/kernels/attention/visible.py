@@ -44,6 +44,20 @@ class Visible(NamedTuple):
         return Visible(*(None if field is None else field.contiguous() for field in self))
 
 
+class Rules(NamedTuple):
+    """What attention is asked for besides its tensors.
+
+    Attributes:
+        scale: what the logits are multiplied with.
+        window: how many keys a query sees, its own included; None is all.
+        visible: what else is hidden from which query.
+    """
+
+    scale: float
+    window: int | None
+    visible: Visible
+
+
 @dataclass(frozen=True)
 class Segment:
     """Queries `q0..q1` of batch row `row` see keys `k0..k1`, causally, the last query aligned with the last key.
