@@ -233,7 +233,7 @@ def random_checkpoint(
         >>> sorted(file.name for file in folder.glob("*-00001-*"))
         ['model-00001-of-00004.safetensors']
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if size not in SIZES:
         raise ValueError(f"there is no size {size!r}. Use one of {', '.join(map(repr, SIZES))}.")
     shape = SIZES[size]

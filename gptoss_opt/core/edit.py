@@ -9,6 +9,7 @@ from functools import reduce
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class _Missing(Enum):
@@ -61,6 +62,11 @@ class AddPreHook:
 
     path: str
     hook_id: int
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In the process that unpickles, torch counts hooks from zero again: a later hook must not take our number.
+        self.__dict__.update(state)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
 
     def intact(self, model: nn.Module) -> bool:
         """Whether the hook is still there."""

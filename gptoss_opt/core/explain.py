@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .stack import Applied, record_of
+from .stack import Applied, record_of, wrapped_model
 
 HEADINGS = ("wrapper", "what it changed", "backend", "why not the others")
 WIDTHS = (34, 44, 10, 44)
@@ -87,12 +87,15 @@ def _row(applied: Applied, model: nn.Module) -> Row:
 def explain(model: nn.Module) -> Explanation:
     """What the wrappers did to `model`: each wrapper, its changes, its backend, and why not the others.
 
+    A module around a wrapped model (compiled, DDP) is looked into.
+
     Example:
         >>> print(explain(model))
         GptOssForCausalLM: no wrappers
         >>> explain(with_flash_attention(model)).rows[0].backend
         'torch'
     """
-    rows = tuple(_row(applied, model) for applied in record_of(model).applied)
+    inner = wrapped_model(model)
+    rows = tuple(_row(applied, inner) for applied in record_of(inner).applied)
     count = f"{len(rows)} wrapper{'s' * (len(rows) > 1)}" if rows else "no wrappers"
-    return Explanation(f"{type(model).__name__}: {count}", rows)
+    return Explanation(f"{type(inner).__name__}: {count}", rows)

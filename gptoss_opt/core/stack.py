@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from .edit import Journal
 from .errors import CompatibilityError, IrreversibleError
-from .wrapper import WRAPPERS, Built, Host, Model, Report, Wrapper, call_form
+from .wrapper import WRAPPERS, Built, Host, Model, Report, Wrapper
 
 RECORD = "_gptoss_opt_record"
 
@@ -46,29 +48,56 @@ class Stack:
     def __call__(self, target: Callable[..., Built]) -> Callable[..., Built]: ...
     def __call__(self, target: Any) -> Any:
         """Apply to a model (the same object is returned), or decorate a function that returns one."""
-        return call_form(target, repr(self), lambda model: apply(model, self.wrappers))
+        label = repr(self.wrappers[0]) if len(self) == 1 else repr(self)
+        if isinstance(target, nn.Module):
+            return apply(target, self.wrappers)
+        if inspect.isclass(target):
+            raise TypeError(
+                f"{label} was given the class {target.__name__}, not a model. Build one first: "
+                f"{target.__name__}.from_pretrained(...) or {target.__name__}(config)."
+            )
+        if isinstance(target, Wrapper | Stack):
+            raise TypeError(f"{label} was given {target!r}, not a model. Join wrappers with compose(...).")
+        if not callable(target):
+            raise TypeError(f"{label} was given a {type(target).__name__}, not a model or a function that returns one.")
+
+        @functools.wraps(target)
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            model = target(*args, **kwargs)
+            if not isinstance(model, nn.Module):
+                name = getattr(target, "__name__", repr(target))
+                raise TypeError(f"{label} decorates {name}(), which returned a {type(model).__name__}, not a model.")
+            return apply(model, self.wrappers)
+
+        return factory
 
     def to_json(self) -> str:
-        """The stack as JSON: a list of `{"wrapper": name, option: value, ...}`."""
-        return json.dumps([{"wrapper": wrapper.name, **wrapper.options()} for wrapper in self])
+        """The stack as JSON: a list of `{"wrapper": name, "options": {option: value, ...}}`."""
+        return json.dumps([{"wrapper": wrapper.name, "options": wrapper.options()} for wrapper in self])
 
     @classmethod
     def from_json(cls, text: str) -> Stack:
         """The stack that `to_json` wrote. Raises `ValueError` on a name or an option that does not exist."""
         rows = json.loads(text)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and "wrapper" in row for row in rows):
-            raise ValueError('not a stack: expected a JSON list of {"wrapper": name, option: value, ...}.')
-        return compose(*(_from_row(dict(row)) for row in rows))
+        shape = {"wrapper": str, "options": dict}
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict)
+            and row.keys() == shape.keys()
+            and all(isinstance(row[key], kind) for key, kind in shape.items())
+            for row in rows
+        ):
+            raise ValueError('not a stack: expected a JSON list of {"wrapper": name, "options": {option: value, ...}}.')
+        return compose(*(_from_json(row["wrapper"], row["options"]) for row in rows))
 
 
-def _from_row(row: dict[str, Any]) -> Wrapper:
-    name = row.pop("wrapper")
+def _from_json(name: str, options: dict[str, Any]) -> Wrapper:
     if name not in WRAPPERS:
         raise ValueError(f"there is no wrapper {name!r}. Known are {', '.join(sorted(WRAPPERS))}.")
     known = {option.name for option in fields(WRAPPERS[name])}
-    if unknown := sorted(set(row) - known):
+    if unknown := sorted(set(options) - known):
         raise ValueError(f"{name} has no option {', '.join(map(repr, unknown))}. It has {', '.join(sorted(known))}.")
-    return WRAPPERS[name](**row)
+    # JSON has no tuples, and an option is never a list: wrappers are compared and hashed by value.
+    return WRAPPERS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
 
 
 @dataclass
@@ -88,13 +117,20 @@ class Record:
     applied: list[Applied] = field(default_factory=list[Applied])
 
 
+def wrapped_model(model: nn.Module) -> nn.Module:
+    """The model that carries a record: this one, or the one inside it (of a compiled, DDP or PEFT module)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, got a {type(model).__name__}.")
+    return next((module for module in model.modules() if RECORD in module.__dict__), model)
+
+
 def record_of(model: nn.Module) -> Record:
-    """The record on `model`; an empty one, not stored, if there is none."""
-    return model.__dict__.get(RECORD) or Record()
+    """The record on `model`, or on the model inside it; an empty one, not stored, if there is none."""
+    return wrapped_model(model).__dict__.get(RECORD) or Record()
 
 
 def stack_of(model: nn.Module) -> Stack:
-    """The stack on `model`; the empty stack if nothing was applied.
+    """The stack on `model`, or on the model inside it; the empty stack if nothing was applied.
 
     Example:
         >>> stack_of(with_flash_attention(model))
@@ -119,7 +155,7 @@ def compose(*wrappers: Wrapper | Stack) -> Stack:
         elif isinstance(item, Wrapper):
             flat.append(item)
         else:
-            hint = f" Write {item.__name__}()." if callable(item) and hasattr(item, "__name__") else ""
+            hint = f" Write {item.__name__}()." if inspect.isfunction(item) else ""
             raise TypeError(f"compose takes wrappers, not {item!r}.{hint}")
     return resolve(flat)
 
@@ -129,7 +165,11 @@ def resolve(wrappers: Iterable[Wrapper], model: nn.Module | None = None) -> Stac
 
     Equal wrappers count once. All problems are collected, then raised together as one `CompatibilityError`.
     """
-    stack = sorted(dict.fromkeys(wrappers), key=lambda wrapper: (wrapper.phase, wrapper.name))
+    distinct: list[Wrapper] = []
+    for wrapper in wrappers:
+        if wrapper not in distinct:
+            distinct.append(wrapper)
+    stack = sorted(distinct, key=lambda wrapper: (wrapper.phase, wrapper.name))
     problems = list(_conflicts(stack))
     if model is not None:
         problems += _model_problems(stack, model)
@@ -163,6 +203,10 @@ def _model_problems(stack: list[Wrapper], model: nn.Module) -> list[str]:
     hosts = dict.fromkeys(wrapper.host.why_not(model) for wrapper in stack)
     if wrong := [reason for reason in hosts if reason]:
         return wrong
+    if inside := [path for path, module in model.named_modules() if path and RECORD in module.__dict__]:
+        return [
+            f".{inside[0]} inside this model is wrapped already. undo(model.{inside[0]}), then wrap the whole model."
+        ]
     return [f"{wrapper!r}: {problem}" for wrapper in stack for problem in wrapper.check(model)]
 
 
@@ -175,23 +219,26 @@ def _why_compiled(model: nn.Module) -> str | None:
     return None
 
 
-def apply(model: Model, wrappers: Iterable[Wrapper]) -> Model:
+def apply(model: Model, wrappers: Sequence[Wrapper]) -> Model:
     """Put `wrappers` on `model`, beside what it has already, and return the same object.
 
     Everything is checked before anything is touched. Wrappers go on in canonical order: what stands behind the new
     ones is taken off and put on again. On a failure half-way the model is put back as it was.
     """
-    target = resolve((*stack_of(model), *wrappers), model)
-    _move_to(model, target)
+    record = model.__dict__.get(RECORD) or Record()
+    present = Stack(tuple(applied.wrapper for applied in record.applied))
+    # What is there already needs no checking: the model may have been compiled since.
+    if _length_of_prefix(model, record, present) < len(present) or any(new not in present for new in wrappers):
+        _move_to(model, resolve((*present, *wrappers), model))
     return model
 
 
-def undo(model: Model, *wrappers: Wrapper | str | Callable[..., Any]) -> Model:
+def undo(model: Model, *wrappers: Wrapper | Stack | str | Callable[..., Any]) -> Model:
     """Take wrappers off `model` and return it: the named ones, or all.
 
     Args:
-        model: the wrapped model.
-        *wrappers: which to take off, as the public function, its name, or the wrapper; none means all.
+        model: the wrapped model, or a module around it.
+        *wrappers: which to take off, as the public function, its name, the wrapper, or a stack; none means all.
 
     Raises:
         ValueError: a named wrapper is not on the model.
@@ -204,35 +251,28 @@ def undo(model: Model, *wrappers: Wrapper | str | Callable[..., Any]) -> Model:
         >>> len(stack_of(undo(model)))
         0
     """
-    names = [_name_of(wrapper) for wrapper in wrappers]
+    names = [name for wrapper in wrappers for name in _names_of(wrapper)]
     present = [wrapper.name for wrapper in stack_of(model)]
     if missing := [name for name in names if name not in present]:
         raise ValueError(f"{', '.join(missing)} is not on this model. It has {', '.join(present) or 'no wrappers'}.")
-    kept = [wrapper for wrapper in stack_of(model) if names and wrapper.name not in names]
-    _move_to(model, resolve(kept, model if kept else None))
+    kept = [wrapper for wrapper in stack_of(model) if wrappers and wrapper.name not in names]
+    _move_to(wrapped_model(model), resolve(kept))
     return model
 
 
-def _name_of(wrapper: Any) -> str:
-    if isinstance(wrapper, str):
-        return wrapper
-    name = wrapper.name if isinstance(wrapper, Wrapper) else getattr(wrapper, "__name__", None)
+def _names_of(wrapper: Any) -> list[str]:
+    if isinstance(wrapper, Stack):
+        return [member.name for member in wrapper]
+    name = wrapper if isinstance(wrapper, str) else getattr(wrapper, "name", getattr(wrapper, "__name__", None))
     if name is None:
         raise TypeError(f"undo takes wrappers or their names, not {wrapper!r}.")
-    return str(name)
+    return [str(name)]
 
 
 def _move_to(model: nn.Module, target: Stack) -> None:
-    """Make `target` the stack on `model`: undo back to the common prefix, then attach the rest.
-
-    A wrapper whose changes no longer stand, because the user set something else since, ends the prefix.
-    """
+    """Make `target` the stack on `model`: undo back to the common prefix, then attach the rest."""
     before = stack_of(model)
-    prefix = 0
-    for applied, wanted in zip(record_of(model).applied, target, strict=False):
-        if applied.wrapper != wanted or not applied.journal.intact(model):
-            break
-        prefix += 1
+    prefix = _length_of_prefix(model, record_of(model), target)
     if stuck := [wrapper for wrapper in before.wrappers[prefix:] if not wrapper.reversible]:
         raise IrreversibleError(
             f"{', '.join(map(repr, stuck))} cannot be taken off: it dropped data. Reload the model and wrap it anew."
@@ -247,9 +287,20 @@ def _move_to(model: nn.Module, target: Stack) -> None:
         raise
     finally:
         if not record.applied:
-            for host, journal in record.private:
+            for host, journal in reversed(record.private):
                 host.release(model, journal)
             del model.__dict__[RECORD]
+
+
+def _length_of_prefix(model: nn.Module, record: Record, target: Stack) -> int:
+    """How many wrappers of `target` are on the model as they should be.
+
+    One whose changes no longer stand, because the user set something else since, is not.
+    """
+    for length, (applied, wanted) in enumerate(zip(record.applied, target, strict=False)):
+        if applied.wrapper != wanted or not applied.journal.intact(model):
+            return length
+    return min(len(record.applied), len(target))
 
 
 def _detach_from(model: nn.Module, record: Record, length: int) -> None:
@@ -261,12 +312,20 @@ def _detach_from(model: nn.Module, record: Record, length: int) -> None:
 def _attach_all(model: nn.Module, record: Record, wrappers: Iterable[Wrapper]) -> None:
     for wrapper in wrappers:
         if not any(type(host) is type(wrapper.host) for host, _ in record.private):
-            record.private.append((wrapper.host, Journal()))
-            wrapper.host.privatise(model, record.private[-1][1])
-        journal = Journal()
-        try:
-            report = wrapper.attach(model, journal)
-        except BaseException:
+            own = _journaled(model, functools.partial(wrapper.host.privatise, model))[0]
+            record.private.append((wrapper.host, own))
+        journal, report = _journaled(model, functools.partial(wrapper.attach, model))
+        if not isinstance(report, Report):
             journal.undo(model)
-            raise
+            raise TypeError(f"{wrapper!r}: attach returned a {type(report).__name__}, not a Report.")
         record.applied.append(Applied(wrapper, journal, report))
+
+
+def _journaled(model: nn.Module, change: Callable[[Journal], Any]) -> tuple[Journal, Any]:
+    """Make a change, and return its journal and result; if it fails, what it did is undone."""
+    journal = Journal()
+    try:
+        return journal, change(journal)
+    except BaseException:
+        journal.undo(model)
+        raise

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -122,31 +120,6 @@ class Wrapper:
     def __call__(self, target: Callable[..., Built]) -> Callable[..., Built]: ...
     def __call__(self, target: Any) -> Any:
         """Apply to a model (the same object is returned), or decorate a function that returns one."""
-        from .stack import apply
+        from .stack import Stack
 
-        return call_form(target, repr(self), lambda model: apply(model, (self,)))
-
-
-def call_form(target: Any, label: str, apply_to: Callable[[nn.Module], nn.Module]) -> Any:
-    """The call forms that wrappers and stacks share: on a model, or on a function that returns a model."""
-    if isinstance(target, nn.Module):
-        return apply_to(target)
-    if inspect.isclass(target):
-        raise TypeError(
-            f"{label} was given the class {target.__name__}, not a model. Build one first: "
-            f"{target.__name__}.from_pretrained(...) or {target.__name__}(config)."
-        )
-    if isinstance(target, Wrapper):
-        raise TypeError(f"{label} was given the wrapper {target!r}, not a model. Join wrappers with compose(...).")
-    if not callable(target):
-        raise TypeError(f"{label} was given a {type(target).__name__}, not a model or a function that returns one.")
-
-    @functools.wraps(target)
-    def factory(*args: Any, **kwargs: Any) -> Any:
-        model = target(*args, **kwargs)
-        if not isinstance(model, nn.Module):
-            name = getattr(target, "__name__", repr(target))
-            raise TypeError(f"{label} decorates {name}(), which returned a {type(model).__name__}, not a model.")
-        return apply_to(model)
-
-    return factory
+        return Stack((self,))(target)

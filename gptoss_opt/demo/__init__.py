@@ -13,9 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -53,6 +55,8 @@ class DemoError(Exception):
 
 def check_model(path: str, longest: int) -> None:
     """Raise `DemoError` if this is not the folder or hub id of a GPT-OSS model that takes so many tokens."""
+    if Path(path).is_file():
+        raise DemoError(f"{path!r} is a file: give the folder that it is in.")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -104,7 +108,7 @@ def _explained(path: str) -> Iterator[None]:
     """Say in one sentence what a user can run into while a model is loaded and run."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError, UnpicklingError) as error:
         raise DemoError(f"cannot load or run {path!r}: {' '.join(str(error).split())}") from error
     except (MemoryError, RuntimeError) as error:
         known = (MemoryError, torch.OutOfMemoryError, BrokenProcessPool)
@@ -144,6 +148,8 @@ def run_demo(
         >>> report.problems
         ()
     """
+    if not lengths or not rows:
+        raise ValueError("the demo needs at least one length and one row.")
     # In growing order, so that memory the allocator keeps from a shorter run never exceeds the peak of a longer one.
     lengths = sorted(set(lengths))
     dtype = dtype or ("auto" if model else "float32")

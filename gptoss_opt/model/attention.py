@@ -26,6 +26,7 @@ from ..kernels.attention import (
     starts_from_cu_seq_lens,
     starts_from_positions,
 )
+from .host import config_paths
 
 KEY = "gptoss_opt:{}"
 
@@ -56,22 +57,53 @@ def why_no_flash(model: nn.Module) -> Iterator[str]:
 def set_attention(model: nn.Module, backend: str, journal: Journal) -> tuple[str, ...]:
     """Make `backend` the model's attention; returns what was changed, as sentences."""
     before, key = cast(PreTrainedModel, model).config._attn_implementation, KEY.format(backend)
-    journal.set(model, "config", "_attn_implementation", key)
+    for path in config_paths(model):
+        journal.set(model, path, "_attn_implementation", key)
     decoder = cast(PreTrainedModel, model).base_model
     path = next(path for path, module in model.named_modules() if module is decoder)
-    journal.add_pre_hook(model, path, refuse_output_attentions)
+    journal.add_pre_hook(model, path, check_call)
     return (
         f"config._attn_implementation: {before} -> {key}, on the model's own copy of the config",
-        f"{path or 'the model'}: a forward pre-hook that refuses output_attentions=True",
+        f"{path or 'the model'}: a forward pre-hook that refuses what attention cannot do, such as output_attentions",
     )
 
 
-def refuse_output_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of the decoder: attention weights cannot be returned, so asking for them is an error."""
+def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of the decoder: refuses what attention cannot do, once per forward."""
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions=True: no flash kernel computes the attention weights. "
             "Take the wrapper off first: undo(model, with_flash_attention)."
+        )
+    if torch.compiler.is_compiling():
+        return
+    # A tensor may be written to in ways that leave its version as it was; no reading outlives a forward.
+    _READ.clear()
+    cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if cu_q is None and cu_k is None:
+        return
+    if cu_q is None:
+        raise ValueError("cu_seq_lens_k was given without cu_seq_lens_q: give both.")
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    _check_cu_seq_lens(cu_q, cu_k, tokens if tokens is not None else kwargs["inputs_embeds"][..., 0])
+    cache = kwargs.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError("packed sequences (cu_seq_lens_q) cannot continue a cache: give each whole, without one.")
+
+
+def _check_cu_seq_lens(cu_q: Tensor, cu_k: Tensor | None, tokens: Tensor) -> None:
+    batch, length = tokens.shape
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q packs sequences into one row, but the batch has {batch} rows.")
+    if not isinstance(cu_q, Tensor) or cu_q.ndim != 1 or cu_q.is_floating_point():
+        raise ValueError("cu_seq_lens_q is an integer tensor [num_sequences + 1] of cumulative lengths.")
+    values = cu_q.tolist()
+    if not values or values[0] != 0 or values[-1] > length or values != sorted(values):
+        raise ValueError(f"cu_seq_lens_q must grow from 0 to at most the {length} tokens of the row, not {values}.")
+    if cu_k is not None and cu_k is not cu_q and cu_k.tolist() != values:
+        raise ValueError(
+            "cu_seq_lens_k differs from cu_seq_lens_q: packed sequences that continue a cache are not supported. "
+            "Give each packed sequence whole, without a cache."
         )
 
 
@@ -102,7 +134,7 @@ def mask_for_attention(
             device=device,
             **{**kwargs, "allow_is_causal_skip": False},
         )
-    keys = _key_mask(attention_mask, batch_size, kv_length, kv_offset)
+    keys = _key_mask(attention_mask, batch_size, q_length, kv_length, kv_offset)
     q_start = q_offset - kv_offset
     start: Tensor | None
     if isinstance(q_start, Tensor):
@@ -112,7 +144,9 @@ def mask_for_attention(
     return None if keys is None and start is None else Visible(start, keys)
 
 
-def _key_mask(attention_mask: Tensor | None, batch: int, kv_length: int, kv_offset: int) -> Tensor | None:
+def _key_mask(
+    attention_mask: Tensor | None, batch: int, q_length: int, kv_length: int, kv_offset: int
+) -> Tensor | None:
     """The padding of the cache slots [B, S], or None if there is none to be seen."""
     if attention_mask is None:
         return None
@@ -121,7 +155,9 @@ def _key_mask(attention_mask: Tensor | None, batch: int, kv_length: int, kv_offs
             "with_flash_attention takes an attention_mask [batch, len], or one of your own "
             f"[batch, 1 or heads, q_len, kv_len], not {list(attention_mask.shape)}."
         )
-    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    # Reading the mask makes a GPU wait, and would break the capture of a decode step.
+    read = attention_mask.is_cpu or q_length > 1
+    if read and _readable(attention_mask) and bool(attention_mask.all()):
         return None
     # Slots of a static cache that are still empty lie beyond the mask; causality hides them, so any value will do.
     missing = kv_length + kv_offset - attention_mask.shape[1]
@@ -142,7 +178,6 @@ def attention_forward(
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D] to ([B, T, H, D], no weights)."""
@@ -154,20 +189,20 @@ def attention_forward(
             "Use generate, or take the wrapper off first: undo(model, with_flash_attention)."
         )
     visible = attention_mask if isinstance(attention_mask, Visible) else Visible(mask=attention_mask)
+    if visible.keys is not None and visible.keys.shape[1] != key.shape[2]:
+        raise ValueError(f"attention_mask tells of {visible.keys.shape[1]} tokens, but there are {key.shape[2]} keys.")
     if visible.mask is None and query.shape[2] > 1:
-        visible = visible._replace(starts=_starts(visible, query, position_ids, cu_seq_lens_q, cu_seq_lens_k))
+        visible = visible._replace(starts=_starts(visible, query, position_ids, cu_seq_lens_q))
     sinks = cast(Tensor, module.sinks)
     out = attention(query, key, value, sinks, scale=scaling, window=sliding_window, visible=visible, backend=backend)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _starts(
-    visible: Visible, query: Tensor, position_ids: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None
-) -> Tensor | None:
+def _starts(visible: Visible, query: Tensor, position_ids: Tensor | None, cu_q: Tensor | None) -> Tensor | None:
     """Where the sequences of a packed row begin [B, T], or None if nothing is packed."""
     batch, _, num_queries, _ = query.shape
     if cu_q is not None:
-        return _from_cu_seq_lens(cu_q, cu_k, batch, num_queries)
+        return starts_from_cu_seq_lens(cu_q, num_queries)
     if position_ids is None or position_ids.ndim != 2 or not _may_restart(position_ids):
         return None
     valid = None
@@ -177,15 +212,9 @@ def _starts(
     return starts_from_positions(position_ids, valid).expand(batch, -1)
 
 
-def _from_cu_seq_lens(cu_q: Tensor, cu_k: Tensor | None, batch: int, num_queries: int) -> Tensor:
-    if batch != 1:
-        raise ValueError(f"cu_seq_lens_q packs sequences into one row, but the batch has {batch} rows.")
-    if cu_k is not None and cu_k is not cu_q and not torch.compiler.is_compiling() and not torch.equal(cu_q, cu_k):
-        raise ValueError(
-            "cu_seq_lens_k differs from cu_seq_lens_q: packed sequences that continue a cache are not supported. "
-            "Give each packed sequence whole, without a cache."
-        )
-    return starts_from_cu_seq_lens(cu_q, num_queries)
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: not while tracing, and not if it has none."""
+    return not torch.compiler.is_compiling() and not tensor.is_meta
 
 
 _READ: Any = WeakTensorKeyDictionary()
@@ -196,7 +225,7 @@ def _may_restart(position_ids: Tensor) -> bool:
 
     All layers are handed the same tensor, and reading it makes a GPU wait: it is read once.
     """
-    if torch.compiler.is_compiling():
+    if not _readable(position_ids):
         return True
     version = None if position_ids.is_inference() else position_ids._version
     if version is None or _READ.get(position_ids, (None, False))[0] != version:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.edit import Journal, SetAttribute
 
@@ -34,18 +33,28 @@ class GptOss:
         return f"{name} is not a GPT-OSS model: give a GptOssForCausalLM (or another GptOss class of transformers)."
 
     def privatise(self, model: nn.Module, journal: Journal) -> None:
-        """Give the model and all its parts one copy of the config, which nothing outside shares."""
-        shared = model.config
-        private = copy.deepcopy(shared)
+        """Give the model and its parts copies of their configs (usually one), which nothing outside shares."""
+        copies: dict[int, PreTrainedConfig] = {}
         for path, module in model.named_modules():
-            if module.__dict__.get("config") is shared:
-                journal.set(model, path, "config", private)
+            shared = module.__dict__.get("config")
+            if getattr(shared, "model_type", None) == MODEL_TYPE:
+                journal.set(model, path, "config", copies.setdefault(id(shared), copy.deepcopy(shared)))
 
     def release(self, model: nn.Module, journal: Journal) -> None:
-        """Put the shared config back, unless the user has changed the model's own since: then that one stays."""
-        shared = next(edit.old for edit in journal.edits if isinstance(edit, SetAttribute))
-        if cast(PreTrainedModel, model).config.to_dict() == shared.to_dict():
+        """Put the shared configs back, unless the user has changed the model's own since: then those stay."""
+        edits = (edit for edit in journal.edits if isinstance(edit, SetAttribute))
+        if all(vars(edit.new) == vars(edit.old) for edit in edits):
             journal.undo(model)
+
+
+def config_paths(model: nn.Module) -> list[str]:
+    """Where the distinct GPT-OSS configs of a model and its parts are: usually one, `"config"`."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        config = module.__dict__.get("config")
+        if getattr(config, "model_type", None) == MODEL_TYPE:
+            found.setdefault(id(config), f"{path}.config" if path else "config")
+    return list(found.values())
 
 
 GPT_OSS = GptOss()

@@ -122,12 +122,50 @@ def test_packed_sequences_equal_separate_runs() -> None:
         torch.testing.assert_close(packed[:, :, a:b], alone, rtol=1e-12, atol=1e-12)
 
 
+def test_inputs_of_any_layout() -> None:
+    q, k, v, sinks = inputs(16, 16)
+    odd = [torch.stack([x, x], -1)[..., 0] for x in (q, k, v)]
+    assert all(x.stride(-1) == 2 for x in odd)
+    torch.testing.assert_close(attention(*odd, sinks, scale=SCALE), attention(q, k, v, sinks, scale=SCALE))
+    wide = [q.mT.contiguous().mT, k[..., :1].expand_as(k), v[:, :1].expand_as(v)]
+    d_out = torch.randn_like(q).mT.contiguous().mT
+    expected = differentiate(lambda *x: reference_attention(*x, Rules(SCALE, 5, Visible())), [*wide, sinks], d_out)
+    for a, b in zip(differentiate(torch_backend(Visible(), 5), [*wide, sinks], d_out), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# torch's own, when its forward-mode derivatives are first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_derivatives_that_only_the_reference_has_are_refused() -> None:
+    q, k, v, sinks = inputs(9, 9)
+    bias = torch.zeros(1, 1, 9, 9, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="the attention mask requires a gradient"):
+        attention(q, k, v, sinks, scale=SCALE, visible=Visible(mask=bias))
+    attention(q, k, v, sinks, scale=SCALE, visible=Visible(mask=bias), backend="reference").sum().backward()
+    assert bias.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="forward-mode derivatives"):
+        torch.func.jvp(lambda q: attention(q, k, v, sinks, scale=SCALE), (q,), (q,))
+
+
+@pytest.mark.parametrize("size", [20, 100])
+def test_an_additive_mask_keeps_its_precision(size: int) -> None:
+    tensors = inputs(200, 200, torch.bfloat16, shape=GEOMETRY_20B)
+    visible = Visible(mask=size * torch.rand(1, 1, 200, 200))
+    run = lambda *x: attention(*x, scale=0.125, visible=visible)  # noqa: E731
+    assert_within_budget(run, tensors, visible, 0.125, None)
+
+
 def test_starts() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [5, 6, 7, 8, 9, 10]])
     assert starts_from_positions(positions).tolist() == [[0, 0, 0, 3, 3, 5], [0] * 6]
     # Positions in padding are arbitrary: they begin nothing.
     valid = torch.tensor([[False, False, True, True, True, True]])
     assert starts_from_positions(torch.tensor([[1, 1, 0, 1, 2, 3]]), valid).tolist() == [[0] * 6]
+    # Sequences with padding between them, whatever its position says.
+    valid = torch.tensor([[True, True, False, True, True, False]])
+    for padding in (0, 2):
+        positions = torch.tensor([[0, 1, padding, 0, 1, padding]])
+        assert starts_from_positions(positions, valid).tolist() == [[0, 0, 0, 3, 3, 3]]
     assert starts_from_positions(torch.zeros(2, 1, dtype=torch.long)).tolist() == [[0], [0]]
     assert starts_from_cu_seq_lens(torch.tensor([0, 2, 3]), 5).tolist() == [[0, 0, 2, 3, 3]]
 
@@ -179,6 +217,10 @@ def test_autocast_lowers_the_products() -> None:
         ({"visible": Visible(mask=torch.ones(2, 9, 9).bool())}, "an attention mask for 9 queries and 9 keys"),
         ({"visible": Visible(mask=torch.ones(2, 1, 9, 8).bool())}, "an attention mask for 9 queries and 9 keys"),
         ({"q": torch.randn(2, HEADS, 10, DIM)}, "10 queries but only 9 keys"),
+        ({"backend": "auto"}, "attention has no backend 'auto'. Use one of 'fa4'"),
+        ({"visible": Visible(keys=torch.ones(2, 9).long())}, "visible.keys is bool"),
+        ({"visible": Visible(q_start=torch.tensor(3))}, "q_start is 3, but 9 queries among 9 keys start at 0 to 0"),
+        ({name: torch.randn(2, 0, 9, DIM) for name in "qkv"} | {"sinks": torch.zeros(0)}, "at least one head"),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:

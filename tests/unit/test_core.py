@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from gptoss_opt import CompatibilityError, IrreversibleError, Stack, Wrapper, compose, explain, stack_of, undo
 from gptoss_opt.core import BackendError, Choice, Phase, Report, choose
@@ -160,6 +161,9 @@ def test_undo_one_of_several() -> None:
         undo(model, Doubled())
     with pytest.raises(TypeError, match="undo takes wrappers or their names, not 3"):
         undo(model, 3)
+    compose(Named(), Doubled())(model)
+    undo(model, compose(Doubled()))
+    assert stack_of(model) == compose(Named())
 
 
 def test_what_the_user_changed_since_stays() -> None:
@@ -244,9 +248,13 @@ def test_json_round_trip() -> None:
     assert Stack.from_json(stack.to_json()) == stack
     assert hash(Stack.from_json(stack.to_json())) == hash(stack)
     for text, message in (
-        ('[{"wrapper": "with_nothing"}]', "there is no wrapper 'with_nothing'. Known are"),
-        ('[{"wrapper": "with_toy_named", "colour": 1}]', "with_toy_named has no option 'colour'. It has size."),
+        ('[{"wrapper": "with_nothing", "options": {}}]', "there is no wrapper 'with_nothing'. Known are"),
+        (
+            '[{"wrapper": "with_toy_named", "options": {"colour": 1}}]',
+            "with_toy_named has no option 'colour'. It has size.",
+        ),
         ('{"wrapper": 1}', "not a stack"),
+        ('[{"wrapper": [], "options": {}}]', "not a stack"),
     ):
         with pytest.raises(ValueError, match=message):
             Stack.from_json(text)
@@ -286,6 +294,83 @@ def test_wrong_targets() -> None:
         def with_x(): ...
 
         compose(with_x)
+
+
+def test_options_may_be_tuples() -> None:
+    stack = compose(Named(size=(1, 2)))
+    assert Stack.from_json(stack.to_json()) == stack
+
+
+def test_attach_must_report() -> None:
+    @dataclass(frozen=True, kw_only=True, repr=False)
+    class Silent(Wrapper):
+        name: ClassVar[str] = "with_toy_silent"
+        phase: ClassVar[Phase] = Phase.COMPUTE
+
+        def attach(self, model, journal):
+            journal.set(model, "", "settings", "changed")
+
+    model = Toy()
+    with pytest.raises(TypeError, match=r"with_toy_silent\(\): attach returned a NoneType, not a Report"):
+        Silent()(model)
+    assert model.settings == "plain"
+
+
+def test_a_host_that_fails_leaves_nothing() -> None:
+    class Stubborn:
+        def why_not(self, model):
+            return None
+
+        def privatise(self, model, journal):
+            journal.set(model, "", "settings", "half")
+            raise RuntimeError("no")
+
+        def release(self, model, journal): ...
+
+    @dataclass(frozen=True, kw_only=True, repr=False)
+    class Hosted(Greedy):
+        name: ClassVar[str] = "with_toy_hosted"
+        host: ClassVar[object] = Stubborn()
+
+    model = Toy()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            Hosted()(model)
+        assert model.settings == "plain"
+        assert not stack_of(model)
+
+
+def test_modules_around_a_wrapped_model_are_looked_into() -> None:
+    model = Doubled()(Toy())
+    around = nn.Sequential(model)
+    compiled = torch.compile(model, backend="eager")
+    assert stack_of(around) == stack_of(compiled) == stack_of(model)
+    assert str(explain(around)) == str(explain(model))
+    # What is on a model already can be asked for again, compiled or not.
+    assert Doubled()(model) is model
+    model.compile(backend="eager")
+    assert Doubled()(model) is model
+    with pytest.raises(CompatibilityError, match=r"\.0 inside this model is wrapped already"):
+        Named()(around)
+    undo(around)
+    assert not stack_of(model)
+    for wrong in (None, "model"):
+        with pytest.raises(TypeError, match="expected a model"):
+            explain(wrong)
+
+
+def test_hooks_do_not_collide_after_unpickling() -> None:
+    data = pickle.dumps(Doubled()(Toy()))
+    # A fresh process counts hooks from zero.
+    before, RemovableHandle.next_id = RemovableHandle.next_id, 0
+    try:
+        model = pickle.loads(data)
+        model.inner.register_forward_pre_hook(double, with_kwargs=True)
+        assert len(model.inner._forward_pre_hooks) == 2
+        undo(model)
+        assert len(model.inner._forward_pre_hooks) == 1
+    finally:
+        RemovableHandle.next_id = max(before, RemovableHandle.next_id)
 
 
 def test_compiled_models_are_refused() -> None:

@@ -159,6 +159,14 @@ def test_models_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         error = capsys.readouterr().err
         assert error.startswith("gptoss_opt demo: ")
         assert error.count("\n") == 1
+    with pytest.raises(DemoError, match="is a file: give the folder"):
+        run_demo(str(short / "config.json"), isolated=False)
+    with pytest.raises(ValueError, match="at least one length and one row"):
+        run_demo(lengths=[])
+    shard = next(short.glob("*-00002-*"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(DemoError, match="cannot load or run '.*short'"):
+        small_run(model=str(short))
     next(short.glob("*-00001-*")).unlink()
     with pytest.raises(DemoError, match="cannot load or run '.*short'"):
         small_run(model=str(short))

@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # Third parties a layer may know; every layer may know torch and the standard library.
 KNOWN = {"kernels": {"packaging", "flash_attn", "flash_attn_interface"}, "model": {"transformers"}}
-KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"transformers", "tqdm"}}
+KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"safetensors", "transformers", "tqdm"}}
 
 
 def imports(path: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, GptOssForCausalLM, StaticCache
@@ -196,9 +198,30 @@ def test_packed_rows_with_padding_behind() -> None:
             assert relative(together[row, begin:end], alone) < 1e-5
 
 
+def test_packed_sequences_with_padding_between() -> None:
+    _, model = pair()
+    tokens, mask = ids(1, 27), torch.ones(1, 27, dtype=torch.long)
+    mask[0, [7, 17, 26]] = 0
+    positions = torch.cat([torch.arange(8), torch.arange(10), torch.arange(9)])[None]
+    together = model(tokens, attention_mask=mask, position_ids=positions).logits
+    for begin, end in ((0, 7), (8, 17), (18, 26)):
+        assert relative(together[:, begin:end], model(tokens[:, begin:end]).logits) < 1e-5
+
+
 def test_cu_seq_lens_that_cannot_work_are_refused() -> None:
     _, model = pair()
     cu_seq_lens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    for wrong, message in (
+        ({"cu_seq_lens_k": cu_seq_lens}, "cu_seq_lens_k was given without cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([5, 12])}, "must grow from 0 to at most the 12 tokens"),
+        ({"cu_seq_lens_q": torch.tensor([0, 30])}, "must grow from 0 to at most the 12 tokens"),
+        ({"cu_seq_lens_q": [0, 12]}, "an integer tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids(1, 12), **wrong)
+    cache = model(ids(1, 12), cu_seq_lens_q=cu_seq_lens, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot continue a cache"):
+        model(ids(1, 12), cu_seq_lens_q=cu_seq_lens, past_key_values=cache)
     with pytest.raises(ValueError, match="but the batch has 2 rows"):
         model(ids(2, 12), cu_seq_lens_q=cu_seq_lens, cu_seq_lens_k=cu_seq_lens)
     with pytest.raises(ValueError, match="cu_seq_lens_k differs from cu_seq_lens_q"):
@@ -214,6 +237,49 @@ def test_positions_changed_in_place_are_read_again(backend: str) -> None:
     packed = model(tokens, position_ids=positions).logits
     assert relative(packed[:, 5:], model(tokens[:, 5:]).logits) < 1e-5
     assert relative(packed, plain) > 1e-3
+    # A write that leaves no trace on the tensor.
+    positions.numpy()[:] = range(12)
+    assert relative(model(tokens, position_ids=positions).logits, plain) < 1e-6
+
+
+def test_every_config_of_the_model_is_set() -> None:
+    model = tiny_model()
+    expected = model(ids()).logits
+    original = model.config
+    model.config = copy.deepcopy(original)
+    with_flash_attention(model)
+    assert model.model.layers[0].self_attn.config._attn_implementation == "gptoss_opt:torch"
+    assert original._attn_implementation == "eager"
+    assert relative(model(ids()).logits, expected) < 1e-5
+    undo(model)
+    assert model.model.config is original
+    # A part that is wrapped by itself is not wrapped a second time with the whole.
+    with_flash_attention(model.model, backend="reference")
+    with pytest.raises(CompatibilityError, match=r"\.model inside this model is wrapped already. undo\(model.model\)"):
+        with_flash_attention(model)
+
+
+def test_what_the_user_sets_on_the_config_survives_undo() -> None:
+    for change, name, value in (
+        (lambda model: model.set_attn_implementation("flex_attention"), "_attn_implementation", "flex_attention"),
+        (lambda model: model.set_experts_implementation("eager"), "_experts_implementation", "eager"),
+    ):
+        model = with_flash_attention(tiny_model())
+        change(model)
+        assert getattr(undo(model).config, name) == value
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    model = with_flash_attention(tiny_model(torch.float64))
+    model.set_experts_implementation("eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids())
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    _, model = pair()
+    with pytest.raises(ValueError, match="attention_mask tells of 7 tokens, but there are 9 keys"):
+        model(ids(2, 9), attention_mask=torch.tensor([[0, *[1] * 6]] * 2), use_cache=False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS, AttentionRequest, kernel_named
 from .op import sink_attention
@@ -58,7 +59,7 @@ def attention(
         torch.Size([1, 8, 5, 16])
     """
     _check(q, k, v, sinks, visible, window)
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         # The products are what autocast lowers; a rotary embedding in float32 leaves q and k in another dtype than v.
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
@@ -66,15 +67,31 @@ def attention(
     rules = Rules(scale, window, visible)
     if backend == "reference":
         return reference_attention(q, k, v, sinks, rules)
+    _check_derivatives(visible)
+    # The kernels read rows: their last dim must be contiguous, and no one below checks.
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor or q.is_meta:
         return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
     # The operator is for autograd and tracing; without either, a decode step need not pay for it.
     return kernel_named(backend).forward(q, k, v, sinks, rules)[0]
 
 
+def _check_derivatives(visible: Visible) -> None:
+    """Refuse the derivatives that only the reference has, which would silently be zero."""
+    if visible.mask is not None and visible.mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "the attention mask requires a gradient, and no flash kernel here has one. Use backend='reference', or "
+            "give mask.detach()."
+        )
+    if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
+        raise ValueError("forward-mode derivatives (jvp) need backend='reference': no flash kernel here has them.")
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, window: int | None) -> None:
     if not (q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0]):
         raise ValueError(f"attention takes q, k, v [batch, heads, len, head_dim], not {[*map(_shape, (q, k, v))]}.")
+    if not q.shape[1] or not k.shape[1] or not q.shape[3]:
+        raise ValueError(f"attention needs at least one head and one dim: q is {_shape(q)}, k is {_shape(k)}.")
     if k.shape[3] != q.shape[3] or v.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {_shape(q)} does not go with k {_shape(k)} and v {_shape(v)}: head_dim or heads differ.")
     if sinks.shape != q.shape[1:2]:
@@ -89,6 +106,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, win
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"visible.{name} is {_shape(tensor)}, expected {list(shape)}.")
+    if visible.keys is not None and visible.keys.dtype != torch.bool:
+        raise ValueError(f"visible.keys is bool, not {visible.keys.dtype}.")
     if (mask := visible.mask) is not None:
         fits = mask.ndim == 4 and mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
         if not fits or mask.shape[2:] != (q.shape[2], k.shape[2]):

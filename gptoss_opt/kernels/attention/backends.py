@@ -152,4 +152,7 @@ BACKENDS = (*_KERNELS, Reference())
 
 def kernel_named(name: str) -> SinkKernel:
     """The kernel of a backend that has one (all but the reference)."""
-    return next(kernel for kernel in _KERNELS if kernel.name == name)
+    kernels = {kernel.name: kernel for kernel in _KERNELS}
+    if name not in kernels:
+        raise ValueError(f"attention has no backend {name!r}. Use one of {', '.join(map(repr, kernels))}, 'reference'.")
+    return kernels[name]

@@ -169,4 +169,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     low = torch.finfo(dtype).min
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, low)
+    # A mask in more than the dtype of the products says more than they can hold: it stays in the accumulator's.
+    if mask.dtype != dtype:
+        dtype = accumulator(dtype)
     return mask.to(dtype).clamp(min=low)

@@ -71,11 +71,13 @@ class TorchEfficient:
     """`aten::_scaled_dot_product_efficient_attention` and its backward: takes any mask, and float32."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: TileCall) -> tuple[Tensor, Tensor]:
-        bias = _bias(call.mask, q, k)
+        dtype, bias = q.dtype, _bias(call.mask, q, k)
+        if bias is not None and bias.dtype != dtype:
+            q, k, v = (x.to(bias.dtype) for x in (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, bias, True, 0.0, call.causal, scale=call.scale
         )
-        return out, lse[..., : q.shape[2]]
+        return out.to(dtype), lse[..., : q.shape[2]]
 
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: TileCall
@@ -83,12 +85,15 @@ class TorchEfficient:
         # The kernel reads whole blocks of the log-sum-exp: the rows beyond the last query must weigh nothing.
         lse = pad(lse, (0, -lse.shape[-1] % LSE_ALIGNMENT), value=torch.inf).contiguous()
         seed = torch.empty((), dtype=torch.int64)
+        dtype, bias = q.dtype, _bias(call.mask, q, k)
+        if bias is not None and bias.dtype != dtype:
+            d_out, q, k, v, out = (x.to(bias.dtype) for x in (d_out, q, k, v, out))
         dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             d_out,
             q,
             k,
             v,
-            _bias(call.mask, q, k),
+            bias,
             out,
             lse,
             seed,
@@ -98,7 +103,7 @@ class TorchEfficient:
             call.causal,
             scale=call.scale,
         )
-        return dq, dk, dv
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def _bias(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

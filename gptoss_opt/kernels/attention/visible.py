@@ -94,7 +94,13 @@ def _first_slot(visible: Visible, num_queries: int, num_keys: int) -> Tensor | i
 
 def first_slot(visible: Visible, num_queries: int, num_keys: int) -> int:
     """The slot of the first query, as a number (on a GPU this waits for the device)."""
-    return int(_first_slot(visible, num_queries, num_keys))
+    slot = int(_first_slot(visible, num_queries, num_keys))
+    if not 0 <= slot <= num_keys - num_queries:
+        raise ValueError(
+            f"q_start is {slot}, but {num_queries} queries among {num_keys} keys start at 0 to "
+            f"{num_keys - num_queries}."
+        )
+    return slot
 
 
 def segments(visible: Visible, batch: int, num_queries: int, num_keys: int) -> list[Segment]:
@@ -138,15 +144,18 @@ def _cuts(starts: Tensor | None, batch: int, num_queries: int) -> list[list[int]
 def starts_from_positions(position_ids: Tensor, valid: Tensor | None = None) -> Tensor:
     """Where each token's sequence begins, given positions [B, T] that restart in packed rows: integer [B, T].
 
-    A sequence begins where the position does not grow. `valid` (bool [B, T], False is padding) keeps the arbitrary
-    positions of padding from counting as a beginning.
+    A sequence begins where the position does not grow. Positions of padding are arbitrary: with `valid` (bool [B, T],
+    False is padding) a token is compared with the last valid one before it.
     """
-    begins = position_ids[:, 1:] <= position_ids[:, :-1]
-    if valid is not None:
-        begins = begins & valid[:, 1:] & valid[:, :-1]
-    index = torch.arange(1, position_ids.shape[1], device=position_ids.device)
-    starts = torch.where(begins, index, 0).cummax(-1).values if index.numel() else begins.long()
-    return torch.nn.functional.pad(starts, (1, 0))
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    if valid is None:
+        valid = torch.ones_like(position_ids, dtype=torch.bool)
+    # The last valid token up to each one; -1 before the first.
+    last = torch.where(valid, index, -1).cummax(-1).values if index.numel() else index.expand(len(valid), -1)
+    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    grows = position_ids > position_ids.expand(len(valid), -1).gather(-1, before.clamp(min=0))
+    begins = valid & (before >= 0) & ~grows
+    return torch.where(begins, index, 0).cummax(-1).values if index.numel() else begins.long()
 
 
 def starts_from_cu_seq_lens(cu_seq_lens: Tensor, num_queries: int) -> Tensor:
