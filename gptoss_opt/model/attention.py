@@ -228,9 +228,12 @@ def _may_restart(position_ids: Tensor) -> bool:
     if not _readable(position_ids):
         return True
     version = None if position_ids.is_inference() else position_ids._version
-    if version is None or _READ.get(position_ids, (None, False))[0] != version:
-        _READ[position_ids] = version, bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
-    return bool(_READ[position_ids][1])
+    # Looked up once: a forward in another thread may clear the memory at any time.
+    read, restarts = _READ.get(position_ids, (None, False))
+    if version is None or read != version:
+        restarts = bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
+        _READ[position_ids] = version, restarts
+    return bool(restarts)
 
 
 for _backend in BACKENDS:
