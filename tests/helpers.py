@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from gptoss_opt.kernels.attention import Rules, Visible
 from gptoss_opt.kernels.attention.reference import reference_attention
+from gptoss_opt.kernels.mxfp4 import pack, unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "small"
 WINDOW = 8
@@ -39,14 +40,20 @@ def tiny_config(**changes: Any) -> GptOssConfig:
     return GptOssConfig(**{**settings, **changes})
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> GptOssForCausalLM:
-    """A random model in eager attention whose sinks and outputs are far from zero."""
+def tiny_model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, kind: type[PreTrainedModel] = GptOssForCausalLM, **changes: Any
+) -> Any:
+    """A random model in eager attention whose sinks and outputs are far from zero, and whose experts fit into MXFP4."""
     torch.manual_seed(seed)
-    model = GptOssForCausalLM(tiny_config(**changes)).to(dtype).eval()
+    model = kind(tiny_config(**changes)).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):
                 parameter.normal_()
+            elif name.endswith(("gate_up_proj", "down_proj")):
+                parameter.copy_(unpack(*pack(parameter.mT)).mT)
+            elif name.endswith("_proj_bias"):
+                parameter.normal_(std=0.2)
     return model
 
 

@@ -1,13 +1,15 @@
 """Wrappers, stacks, the journal and their errors. Knows torch.nn, and nothing of Hugging Face."""
 
 from .backend import Backend, Choice, check_name, choose
-from .edit import Journal
+from .edit import Journal, Relayout
 from .errors import BackendError, CompatibilityError, IrreversibleError
 from .explain import Explanation, explain
+from .layout import STORAGES, Layout, Source, Storage, Stored
 from .stack import Stack, compose, resolve, stack_of, undo
 from .wrapper import WRAPPERS, Host, Phase, Report, Wrapper
 
 __all__ = [
+    "STORAGES",
     "WRAPPERS",
     "Backend",
     "BackendError",
@@ -17,9 +19,14 @@ __all__ = [
     "Host",
     "IrreversibleError",
     "Journal",
+    "Layout",
     "Phase",
+    "Relayout",
     "Report",
+    "Source",
     "Stack",
+    "Storage",
+    "Stored",
     "Wrapper",
     "check_name",
     "choose",

@@ -11,8 +11,10 @@ from typing import Any, overload
 
 from torch import nn
 
+from .conflicts import conflicts, holder_of
 from .edit import Journal
 from .errors import CompatibilityError, IrreversibleError
+from .layout import Layout, Source, execute, from_model
 from .wrapper import WRAPPERS, Built, Host, Model, Report, Wrapper
 
 RECORD = "_gptoss_opt_record"
@@ -102,11 +104,12 @@ def _from_json(name: str, options: dict[str, Any]) -> Wrapper:
 
 @dataclass
 class Applied:
-    """One wrapper on a model: what it changed and what it has to say about it."""
+    """One wrapper on a model: what it changed, what it has to say about it, and for whom it stands by, if it does."""
 
     wrapper: Wrapper
     journal: Journal
     report: Report
+    holder: tuple[Wrapper, str] | None = None
 
 
 @dataclass
@@ -170,30 +173,12 @@ def resolve(wrappers: Iterable[Wrapper], model: nn.Module | None = None) -> Stac
         if wrapper not in distinct:
             distinct.append(wrapper)
     stack = sorted(distinct, key=lambda wrapper: (wrapper.phase, wrapper.name))
-    problems = list(_conflicts(stack))
+    problems = list(conflicts(stack))
     if model is not None:
         problems += _model_problems(stack, model)
     if problems:
         raise CompatibilityError(problems)
     return Stack(tuple(stack))
-
-
-def _conflicts(stack: list[Wrapper]) -> Iterator[str]:
-    for position, second in enumerate(stack):
-        for first in stack[:position]:
-            if first.name == second.name:
-                yield (
-                    f"{first!r} and {second!r}: the same wrapper twice with different options. "
-                    f"Keep one; undo(model, {first.name}) takes off the one that is on the model."
-                )
-                continue
-            for slot in sorted(set(first.claims) & set(second.claims)):
-                yield f"{first!r} and {second!r} both claim {slot}. Keep one of them."
-    for wrapper in stack:
-        for other in stack:
-            for trait in other.provides:
-                if trait in wrapper.refuses:
-                    yield f"{wrapper!r} refuses {trait}, set by {other!r}: {wrapper.refuses[trait]}"
 
 
 def _model_problems(stack: list[Wrapper], model: nn.Module) -> list[str]:
@@ -207,7 +192,9 @@ def _model_problems(stack: list[Wrapper], model: nn.Module) -> list[str]:
         return [
             f".{inside[0]} inside this model is wrapped already. undo(model.{inside[0]}), then wrap the whole model."
         ]
-    return [f"{wrapper!r}: {problem}" for wrapper in stack for problem in wrapper.check(model)]
+    # What is on the model has been checked on the model as it was without it.
+    new = [wrapper for wrapper in stack if wrapper not in stack_of(model) and not holder_of(wrapper, stack)]
+    return [f"{wrapper!r}: {problem}" for wrapper in new for problem in wrapper.check(model)]
 
 
 def _why_compiled(model: nn.Module) -> str | None:
@@ -219,17 +206,18 @@ def _why_compiled(model: nn.Module) -> str | None:
     return None
 
 
-def apply(model: Model, wrappers: Sequence[Wrapper]) -> Model:
+def apply(model: Model, wrappers: Sequence[Wrapper], source: Source | None = None) -> Model:
     """Put `wrappers` on `model`, beside what it has already, and return the same object.
 
     Everything is checked before anything is touched. Wrappers go on in canonical order: what stands behind the new
-    ones is taken off and put on again. On a failure half-way the model is put back as it was.
+    ones is taken off and put on again. On a failure half-way the model is put back as it was. The bytes of what is
+    laid out anew come from `source`; without one, from the model.
     """
     record = model.__dict__.get(RECORD) or Record()
     present = Stack(tuple(applied.wrapper for applied in record.applied))
     # What is there already needs no checking: the model may have been compiled since.
     if _length_of_prefix(model, record, present) < len(present) or any(new not in present for new in wrappers):
-        _move_to(model, resolve((*present, *wrappers), model))
+        _move_to(model, resolve((*present, *wrappers), model), source)
     return model
 
 
@@ -269,7 +257,7 @@ def _names_of(wrapper: Any) -> list[str]:
     return [str(name)]
 
 
-def _move_to(model: nn.Module, target: Stack) -> None:
+def _move_to(model: nn.Module, target: Stack, source: Source | None = None) -> None:
     """Make `target` the stack on `model`: undo back to the common prefix, then attach the rest."""
     before = stack_of(model)
     prefix = _length_of_prefix(model, record_of(model), target)
@@ -280,10 +268,12 @@ def _move_to(model: nn.Module, target: Stack) -> None:
     record = model.__dict__.setdefault(RECORD, Record())
     try:
         _detach_from(model, record, prefix)
-        _attach_all(model, record, target.wrappers[prefix:])
+        _attach_all(model, record, target, source)
+        for applied in record.applied:
+            applied.journal.settle()
     except BaseException:
         _detach_from(model, record, prefix)
-        _attach_all(model, record, before.wrappers[prefix:])
+        _attach_all(model, record, before)
         raise
     finally:
         if not record.applied:
@@ -298,7 +288,8 @@ def _length_of_prefix(model: nn.Module, record: Record, target: Stack) -> int:
     One whose changes no longer stand, because the user set something else since, is not.
     """
     for length, (applied, wanted) in enumerate(zip(record.applied, target, strict=False)):
-        if applied.wrapper != wanted or not applied.journal.intact(model):
+        same = applied.wrapper == wanted and applied.holder == holder_of(wanted, target)
+        if not same or not applied.journal.intact(model):
             return length
     return min(len(record.applied), len(target))
 
@@ -309,16 +300,25 @@ def _detach_from(model: nn.Module, record: Record, length: int) -> None:
         record.applied.pop()
 
 
-def _attach_all(model: nn.Module, record: Record, wrappers: Iterable[Wrapper]) -> None:
-    for wrapper in wrappers:
+def _attach_all(model: nn.Module, record: Record, target: Stack, source: Source | None = None) -> None:
+    for wrapper in target.wrappers[len(record.applied) :]:
+        if holder := holder_of(wrapper, target):
+            report = Report((f"stands by: {holder[0]!r} holds {holder[1]}",))
+            record.applied.append(Applied(wrapper, Journal(), report, holder))
+            continue
         if not any(type(host) is type(wrapper.host) for host, _ in record.private):
             own = _journaled(model, functools.partial(wrapper.host.privatise, model))[0]
             record.private.append((wrapper.host, own))
-        journal, report = _journaled(model, functools.partial(wrapper.attach, model))
-        if not isinstance(report, Report):
-            journal.undo(model)
-            raise TypeError(f"{wrapper!r}: attach returned a {type(report).__name__}, not a Report.")
+        journal, report = _journaled(model, functools.partial(_attach, model, wrapper, source or from_model(model)))
         record.applied.append(Applied(wrapper, journal, report))
+
+
+def _attach(model: nn.Module, wrapper: Wrapper, source: Source, journal: Journal) -> Report:
+    execute(model, wrapper.layout(model, Layout()), source, journal)
+    report = wrapper.attach(model, journal)
+    if not isinstance(report, Report):
+        raise TypeError(f"{wrapper!r}: attach returned a {type(report).__name__}, not a Report.")
+    return report
 
 
 def _journaled(model: nn.Module, change: Callable[[Journal], Any]) -> tuple[Journal, Any]:

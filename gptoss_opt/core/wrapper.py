@@ -11,6 +11,7 @@ from torch import nn
 
 from .backend import Choice
 from .edit import Journal
+from .layout import Layout
 
 Model = TypeVar("Model", bound=nn.Module)
 Built = TypeVar("Built")
@@ -78,6 +79,7 @@ class Wrapper:
         phase: where it stands in the canonical order.
         host: the kind of model it goes on.
         claims: slots that only one wrapper may hold.
+        yields: slots that it takes unless another wrapper claims them; then it stands by and changes nothing.
         provides: traits that the wrapped model has.
         refuses: traits it cannot live with, each with why and what to do instead.
         reversible: whether `undo` can take it off.
@@ -87,6 +89,7 @@ class Wrapper:
     phase: ClassVar[Phase]
     host: ClassVar[Host] = AnyModule()
     claims: ClassVar[tuple[str, ...]] = ()
+    yields: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[tuple[str, ...]] = ()
     refuses: ClassVar[Mapping[str, str]] = {}
     reversible: ClassVar[bool] = True
@@ -99,6 +102,10 @@ class Wrapper:
     def check(self, model: nn.Module) -> Iterable[str]:
         """Problems with this very model, as sentences. Touches nothing."""
         return ()
+
+    def layout(self, model: nn.Module, layout: Layout) -> Layout:
+        """`layout` with what this wrapper asks of it. Touches nothing: the bytes are moved before `attach`."""
+        return layout
 
     def attach(self, model: nn.Module, journal: Journal) -> Report:
         """Change `model` through `journal`, and say what was changed."""

@@ -14,6 +14,7 @@ PACKAGE = Path(gptoss_opt.__file__).parent
 
 PUBLIC = {
     "BackendError",
+    "CheckpointError",
     "CompatibilityError",
     "IrreversibleError",
     "Stack",
@@ -21,9 +22,12 @@ PUBLIC = {
     "__version__",
     "compose",
     "explain",
+    "load",
     "stack_of",
     "undo",
+    "with_fast_experts",
     "with_flash_attention",
+    "with_mxfp4_experts",
 }
 
 # Who may import whom, inside the package. Nothing imports upward, and wrappers never import each other.
@@ -32,15 +36,21 @@ LAYERS: dict[str, set[str]] = {
     "kernels": set(),
     "model": {"core", "kernels"},
     "wrappers": {"core", "kernels", "model"},
+    "load": {"core", "model"},
     "version": set(),
     "testing": set(),
     "demo": {"testing", "core", "wrappers", ""},
     "cli": {"demo", ""},
     "__main__": {"cli"},
-    "__init__": {"core", "wrappers", "version"},
+    "__init__": {"core", "load", "model", "wrappers", "version"},
 }
 # Third parties a layer may know; every layer may know torch and the standard library.
-KNOWN = {"kernels": {"packaging", "flash_attn", "flash_attn_interface"}, "model": {"transformers"}}
+KNOWN = {
+    "core": {"tqdm"},
+    "kernels": {"packaging", "flash_attn", "flash_attn_interface", "triton"},
+    "model": {"accelerate", "huggingface_hub", "transformers"},
+    "load": {"tqdm", "transformers"},
+}
 KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"safetensors", "transformers", "tqdm"}}
 
 

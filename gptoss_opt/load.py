@@ -1,0 +1,69 @@
+"""`load`: a model from a checkpoint with its wrappers, each byte read once and straight to its place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GptOssForCausalLM
+
+from .core import Phase, Stack, Storage, Stored, Wrapper, compose
+from .core.stack import apply, resolve
+from .model.build import Weights, build, fill
+from .model.checkpoint import Checkpoint
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    *wrappers: Wrapper | Stack,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> GptOssForCausalLM:
+    """Load a GPT-OSS checkpoint with its wrappers. Equal, bit for bit, to `from_pretrained` and then the wrappers.
+
+    The model is built without memory and the stack is checked; then each tensor is read from its file straight to where
+    it stays. What is packed in the checkpoint stays packed under `with_mxfp4_experts`, and is dequantised without it; a
+    dense checkpoint is packed tensor by tensor. Above the finished model, memory holds one tensor at most.
+
+    Args:
+        path_or_id: a folder, or a name on the Hugging Face hub, such as "openai/gpt-oss-20b". The hub's cache is used,
+            and offline (HF_HUB_OFFLINE=1) nothing else.
+        *wrappers: wrappers and stacks, in any order.
+        device: where the weights go; the CPU if it is left out.
+        dtype: of all weights that are not packed: bfloat16, float32 or float64.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not hold what the model needs. Names file and key.
+        CompatibilityError: the wrappers cannot stand together, or not on this model.
+        ValueError: another dtype.
+
+    Example:
+        >>> model = load(path, with_mxfp4_experts(), with_flash_attention())
+        >>> stack_of(model)
+        compose(with_mxfp4_experts(), with_flash_attention())
+        >>> model.dtype
+        torch.bfloat16
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"load: dtype is {dtype}. Use one of {', '.join(map(str, DTYPES))}; float16 overflows.")
+    stack = compose(*wrappers)
+    checkpoint = Checkpoint.open(path_or_id)
+    model = build(checkpoint, torch.device("cpu" if device is None else device), dtype)
+    resolve(stack, model)
+    weights = Weights.of(checkpoint, model)
+    with tqdm(total=weights.num_bytes, desc="loading", unit="B", unit_scale=True, delay=1) as bar:
+        weights = replace(weights, on_bytes=bar.update)
+
+        def source(parameter: str, storage: Storage) -> Stored:
+            return weights.stored(parameter, storage, model.get_parameter(parameter))
+
+        apply(model, [wrapper for wrapper in stack if wrapper.phase is Phase.LAYOUT], source)
+        fill(model, weights)
+    return apply(model, stack.wrappers)

@@ -1,0 +1,76 @@
+"""`with_fast_experts`: dense experts as one grouped product per projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+from torch import nn
+
+from ..core import BackendError, Journal, Phase, Report, Wrapper, check_name, choose
+from ..core.wrapper import Built, Host, Model
+from ..kernels.experts import DENSE_BACKENDS
+from ..model.experts import experts_request, set_experts, why_no_experts
+from ..model.host import GPT_OSS
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FastExperts(Wrapper):
+    """What `with_fast_experts` builds. Options: `backend`."""
+
+    backend: str = "auto"
+
+    name: ClassVar[str] = "with_fast_experts"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+    host: ClassVar[Host] = GPT_OSS
+    yields: ClassVar[tuple[str, ...]] = ("the experts computation",)
+
+    def __post_init__(self) -> None:
+        check_name(DENSE_BACKENDS, self.backend, self.name)
+
+    def check(self, model: nn.Module) -> Iterable[str]:
+        if problems := list(why_no_experts(model)):
+            yield from problems
+            return
+        try:
+            choose(DENSE_BACKENDS, experts_request(model), self.backend, self.name)
+        except BackendError as error:
+            yield str(error)
+
+    def attach(self, model: nn.Module, journal: Journal) -> Report:
+        choice = choose(DENSE_BACKENDS, experts_request(model), self.backend, self.name)
+        return Report(set_experts(model, choice.backend, journal), choice)
+
+
+@overload
+def with_fast_experts(model: None = None, *, backend: str = "auto") -> FastExperts: ...
+@overload
+def with_fast_experts(model: Model, *, backend: str = "auto") -> Model: ...
+@overload
+def with_fast_experts(model: Callable[..., Built], *, backend: str = "auto") -> Callable[..., Built]: ...
+def with_fast_experts(model: Any = None, *, backend: str = "auto") -> Any:
+    """Dense experts, grouped: tokens sorted by expert, one grouped product per projection, one weighted sum.
+
+    Keeps weights, checkpoint and `generate` as they are; gradients reach everything. Any number of tokens, always in
+    one order of summation, and without waiting for the GPU. On one model with `with_mxfp4_experts`, which brings its
+    own computation, it stands by and changes nothing; it takes over when that one is undone.
+
+    Args:
+        model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a
+            wrapper to give to `compose` or `load`.
+        backend: "auto", or one by name, which then never falls back:
+            "torch": torch's grouped_mm, CPU and CUDA, and the activation in one pass.
+            "reference": plain torch, one expert after the other; defines the semantics, runs everywhere.
+
+    Raises:
+        CompatibilityError: not a GPT-OSS model, already compiled, or a backend that cannot serve here.
+        BackendError: no backend has that name.
+
+    Example:
+        >>> model = with_fast_experts(model)
+        >>> explain(model).rows[0].backend
+        'torch'
+    """
+    wrapper = FastExperts(backend=backend)
+    return wrapper if model is None else wrapper(model)

@@ -1,0 +1,109 @@
+"""`with_mxfp4_experts`: expert weights stay packed, in memory, in computation and on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+from torch import nn
+
+from ..core import BackendError, Journal, Layout, Phase, Relayout, Report, Wrapper, check_name, choose
+from ..core.wrapper import Built, Host, Model
+from ..kernels.experts import PACKED_BACKENDS
+from ..model.experts import (
+    MXFP4,
+    expert_parameters,
+    experts_request,
+    set_experts,
+    set_packed_format,
+    why_no_packing,
+)
+from ..model.host import GPT_OSS
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Mxfp4Experts(Wrapper):
+    """What `with_mxfp4_experts` builds. Options: `backend`."""
+
+    backend: str = "auto"
+
+    name: ClassVar[str] = "with_mxfp4_experts"
+    phase: ClassVar[Phase] = Phase.LAYOUT
+    host: ClassVar[Host] = GPT_OSS
+    claims: ClassVar[tuple[str, ...]] = ("the experts computation",)
+    provides: ClassVar[tuple[str, ...]] = ("packed experts",)
+
+    def __post_init__(self) -> None:
+        check_name(PACKED_BACKENDS, self.backend, self.name)
+
+    def check(self, model: nn.Module) -> Iterable[str]:
+        if problems := list(why_no_packing(model)):
+            yield from problems
+            return
+        try:
+            choose(PACKED_BACKENDS, experts_request(model), self.backend, self.name)
+        except BackendError as error:
+            yield str(error)
+
+    def layout(self, model: nn.Module, layout: Layout) -> Layout:
+        return layout.store(expert_parameters(model), MXFP4.name)
+
+    def attach(self, model: nn.Module, journal: Journal) -> Report:
+        packed = [edit for edit in journal.edits if isinstance(edit, Relayout)]
+        choice = choose(PACKED_BACKENDS, experts_request(model), self.backend, self.name)
+        changed = (*set_experts(model, choice.backend, journal), *set_packed_format(model, journal))
+        return Report((*_packing(packed), *changed), choice)
+
+
+def _packing(packed: list[Relayout]) -> list[str]:
+    """What became of the weights: a line for those that are exact, and one for each layer that is not."""
+    lossy: dict[str, list[str]] = {}
+    for edit in packed:
+        if edit.sqnr < math.inf:
+            lossy.setdefault(edit.path, []).append(f"{edit.name} {edit.sqnr:.1f} dB")
+    exact = sum(edit.sqnr == math.inf for edit in packed)
+    lines = [f"{exact} expert weights packed as MXFP4, exactly"] if exact else []
+    return lines + [f"{path} packed as MXFP4, SQNR: {', '.join(values)}" for path, values in lossy.items()]
+
+
+@overload
+def with_mxfp4_experts(model: None = None, *, backend: str = "auto") -> Mxfp4Experts: ...
+@overload
+def with_mxfp4_experts(model: Model, *, backend: str = "auto") -> Model: ...
+@overload
+def with_mxfp4_experts(model: Callable[..., Built], *, backend: str = "auto") -> Callable[..., Built]: ...
+def with_mxfp4_experts(model: Any = None, *, backend: str = "auto") -> Any:
+    """Expert weights as MXFP4, 4.25 bits each, in memory, in computation and on disk. On CPU and GPU.
+
+    Replaces `gate_up_proj` and `down_proj` of every layer's experts by `..._blocks`, uint8 `[E, out, in / 32, 16]`, and
+    `..._scales`, uint8 `[E, out, in / 32]`, as in the released checkpoints: frozen parameters of the same module.
+    Values that came from MXFP4 stay as they are, bit for bit; others are rounded (OCP Microscaling Formats v1.0,
+    nearest, ties to even), and `explain` reports the signal-to-quantisation-noise ratio per layer. Differentiable in
+    all but the packed weights. `save_pretrained` writes the released format. `undo` gives dense weights again, with
+    the packed values. To load a checkpoint without unpacking it first: `load(path, with_mxfp4_experts())`.
+
+    Args:
+        model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a
+            wrapper to give to `compose` or `load`.
+        backend: "auto", or one by name, which then never falls back:
+            "triton": CUDA; bfloat16, float16 and float32.
+            "native": CPU, a library in C; bfloat16 and float32. Built when gptoss_opt is installed.
+            "reference": plain torch, dequantising one expert at a time; defines the semantics, runs everywhere.
+
+    Raises:
+        CompatibilityError: not a GPT-OSS model, packed or quantised already, sizes that are no multiples of 32, or
+            a backend that cannot serve here.
+        BackendError: no backend has that name.
+        ValueError: a weight is infinite or NaN.
+
+    Example:
+        >>> model = with_mxfp4_experts(model)
+        >>> model.model.layers[0].mlp.experts.gate_up_proj_blocks.shape
+        torch.Size([4, 128, 2, 16])
+        >>> model.generate(input_ids, max_new_tokens=3, do_sample=False).shape
+        torch.Size([1, 11])
+    """
+    wrapper = Mxfp4Experts(backend=backend)
+    return wrapper if model is None else wrapper(model)

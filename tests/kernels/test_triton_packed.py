@@ -1,0 +1,297 @@
+"""The Triton kernels of packed experts, in Triton's interpreter, and compiled for GPUs that need not be there.
+
+Triton reads TRITON_INTERPRET when it is imported, and anything may have imported it by now. So the checks below run in
+a process of their own; where there is a GPU, a second time on it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptoss_opt.kernels.experts import triton_packed
+from gptoss_opt.kernels.mxfp4 import unpack
+from tests.helpers import relative
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("interpret", "prefix"), [("1", "check"), ("0", "compile"), pytest.param("0", "check", marks=pytest.mark.gpu)]
+)
+def test_in_a_process_of_its_own(interpret: str, prefix: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": interpret}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"python_functions={prefix}_*", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert triton_packed.why_not("cpu", torch.bfloat16) == "needs CUDA, and the model is on cpu"
+    assert "float64" in str(triton_packed.why_not("cuda", torch.float64))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert triton_packed.why_not("cuda", torch.bfloat16) == "the package triton is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton_packed.metadata, "version", lambda name: "3.1.0")
+    assert triton_packed.why_not("cuda", torch.bfloat16) == "needs triton 3.2 or newer, not 3.1.0"
+    monkeypatch.setattr(triton_packed.metadata, "version", lambda name: "3.2.0+git")
+    assert triton_packed.why_not("cuda", torch.bfloat16) is None
+
+
+# The checks: products.
+
+SHAPES = {  # experts, out features, blocks of 32 input features, ends, rows
+    "one expert": (1, 34, 1, [5], 5),
+    "empty experts": (4, 33, 3, [0, 7, 7, 26], 26),
+    "rows of no expert": (3, 70, 9, [3, 20, 21], 40),
+    "only rows of no expert": (2, 16, 2, [0, 0], 3),
+    "one row": (5, 65, 2, [0, 0, 1, 1, 1], 1),
+    "many row tiles": (2, 8, 1, [70, 171], 180),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def packed(num_experts: int, out_features: int, num_scales: int) -> tuple[Tensor, Tensor]:
+    blocks = torch.randint(256, (num_experts, out_features, num_scales, 16), dtype=torch.uint8)
+    return blocks.to(DEVICE), torch.randint(118, 130, (num_experts, out_features, num_scales), dtype=torch.uint8).to(
+        DEVICE
+    )
+
+
+def by_expert(rows: Tensor, ends: list[int], weights: Tensor) -> Tensor:
+    """`rows[n] @ weights[expert of n]`, expert by expert, in the dtype of the rows."""
+    out = rows.new_zeros(len(rows), weights.shape[-1])
+    for begin, end, weight in zip([0, *ends], ends, weights, strict=False):
+        out[begin:end] = rows[begin:end] @ weight
+    return out
+
+
+def assert_within_budget(out: Tensor, rows: Tensor, ends: list[int], weights: Tensor) -> None:
+    """At most twice the error of plain products in the dtype of the rows, and as many roundings of the largest."""
+    exact = by_expert(rows.double(), ends, weights)
+    plain = by_expert(rows, ends, weights.to(rows.dtype))
+    allowed = 2 * ((plain - exact).abs().max() + torch.finfo(rows.dtype).eps * exact.abs().max())
+    assert out.dtype == rows.dtype
+    assert (out - exact).abs().max() <= allowed
+    if exact.any():
+        assert relative(out.double(), exact) <= 2 * (relative(plain.double(), exact) + torch.finfo(rows.dtype).eps)
+    assert not out[ends[-1] :].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def check_products(shape: str, dtype: torch.dtype) -> None:
+    num_experts, out_features, num_scales, ends, num_rows = SHAPES[shape]
+    blocks, scales = packed(num_experts, out_features, num_scales)
+    weights = unpack(blocks, scales, torch.float64)
+    ends_there = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    x = torch.randn(num_rows, num_scales * 32, device=DEVICE).to(dtype)
+    y = triton_packed.forward(x, ends_there, blocks, scales)
+    assert_within_budget(y, x, ends, weights.transpose(1, 2))
+    dy = torch.randn(num_rows, out_features, device=DEVICE).to(dtype)
+    assert_within_budget(triton_packed.backward_input(dy, ends_there, blocks, scales), dy, ends, weights)
+    if ends[-1]:
+        # What is compared depends on the order of nibbles, on the scales, and on which expert is whose.
+        swapped = blocks << 4 | blocks >> 4
+        for other in (
+            triton_packed.forward(x, ends_there, swapped, scales),
+            triton_packed.forward(x, ends_there, blocks, scales + 1),
+            triton_packed.forward(x, ends_there, blocks.roll(1, 1), scales),
+        ):
+            assert relative(other.double(), y.double()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("index", range(len(triton_packed.TILES)))
+def check_every_tile(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each entry of the tables, whatever the number of rows, with edges in every dim."""
+    tables = triton_packed.TILES, triton_packed.BACKWARD_TILES
+    chosen = iter([table[min(index, len(table) - 1)][1] for table in tables])
+    monkeypatch.setattr(triton_packed, "_tile", lambda *_: next(chosen))
+    blocks, scales = packed(3, 150, 11)
+    weights, ends = unpack(blocks, scales, torch.float64), [9, 9, 150]
+    ends_there = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    x, dy = (torch.randn(155, n, device=DEVICE).to(dtype) for n in (352, 150))
+    assert_within_budget(triton_packed.forward(x, ends_there, blocks, scales), x, ends, weights.transpose(1, 2))
+    assert_within_budget(triton_packed.backward_input(dy, ends_there, blocks, scales), dy, ends, weights)
+
+
+def check_no_rows() -> None:
+    blocks, scales = packed(2, 6, 1)
+    ends = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    assert triton_packed.forward(torch.empty(0, 32, device=DEVICE), ends, blocks, scales).shape == (0, 6)
+    assert triton_packed.backward_input(torch.empty(0, 6, device=DEVICE), ends, blocks, scales).shape == (0, 32)
+
+
+def check_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of many rows: dequantised weights, and torch's grouped product."""
+    monkeypatch.setattr(triton_packed, "_goes_dense", lambda *_: True)
+    blocks, scales = packed(3, 24, 2)
+    ends_there = torch.tensor([4, 4, 9], dtype=torch.int32, device=DEVICE)
+    weights = unpack(blocks, scales, torch.float64)
+    x, dy = (torch.randn(12, n, device=DEVICE).bfloat16() for n in (64, 24))
+    y = triton_packed.forward(x, ends_there, blocks, scales)
+    assert_within_budget(y, x, [4, 4, 9], weights.transpose(1, 2))
+    assert_within_budget(triton_packed.backward_input(dy, ends_there, blocks, scales), dy, [4, 4, 9], weights)
+
+
+# The checks: values.
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+def check_every_byte_under_every_scale(dtype: torch.dtype) -> None:
+    blocks = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 1, 16, 16).repeat(1, 256, 1, 1)
+    scales = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 256, 1).repeat(1, 1, 16)
+    values, expected = triton_packed.unpack(blocks, scales, dtype), unpack(blocks, scales, dtype)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(values[0, :255].signbit(), expected[0, :255].signbit())
+    assert values[0, 255].isnan().all()
+    # Products see the same values: rows of the identity read out those of finite scales.
+    ends = torch.tensor([64], dtype=torch.int32, device=DEVICE)
+    some = slice(0, 141 if dtype == torch.float16 else 252)
+    parts = (x[:, some, [3, 11]].contiguous() for x in (blocks, scales))
+    y = triton_packed.forward(torch.eye(64, device=DEVICE, dtype=dtype), ends, *parts)
+    torch.testing.assert_close(y.T, expected.unflatten(-1, (16, 32))[0, some, [3, 11]].flatten(-2), rtol=0, atol=0)
+
+
+def check_nan_stays_in_its_rows() -> None:
+    blocks, scales = packed(2, 20, 2)
+    scales[1, 3, 1] = 255
+    ends = torch.tensor([3, 7], dtype=torch.int32, device=DEVICE)
+    y = triton_packed.forward(torch.randn(8, 64, device=DEVICE), ends, blocks, scales)
+    expected = torch.zeros(8, 20, dtype=torch.bool, device=DEVICE)
+    expected[3:7, 3] = True
+    assert torch.equal(y.isnan(), expected)
+    dx = triton_packed.backward_input(torch.randn(8, 20, device=DEVICE), ends, blocks, scales)
+    assert dx[3:7, 32:].isnan().all()
+    assert not dx[:3].isnan().any()
+    assert not dx[3:7, :32].isnan().any()
+
+
+# The checks: activation.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 2 * 33), (1, 2), (3, 2 * 700), (0, 8)])
+def check_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def plain(gate_up: Tensor, limit: float = 7.0) -> Tensor:
+        gate, up = gate_up[:, 0::2].clamp(max=limit), gate_up[:, 1::2].clamp(-limit, limit)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+    raw = (torch.randn(shape, device=DEVICE) * 6).to(dtype)
+    raw[: shape[0] // 2, :4] = torch.tensor([7.0, 7.0, 7.0, -7.0]).to(raw)[: shape[1]]
+    dh = torch.randn(shape[0], shape[1] // 2, device=DEVICE).to(dtype)
+    exact_input = raw.double().requires_grad_()
+    exact = plain(exact_input)
+    exact.backward(dh.double())
+    results = triton_packed.swiglu(raw, 1.702, 7.0), triton_packed.swiglu_backward(dh, raw, 1.702, 7.0)
+    assert exact_input.grad is not None
+    for result, wanted in zip(results, (exact.detach(), exact_input.grad), strict=True):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    if shape[0] > 1:
+        assert relative(plain(raw.double(), 6.0), exact.detach()) > 1e-3
+
+
+def check_swiglu_keeps_nan() -> None:
+    assert triton_packed.swiglu(torch.full((1, 2), torch.nan, device=DEVICE), 1.702, 7.0).isnan().all()
+
+
+# Real compilation, which needs no GPU: what the interpreter accepts need not compile, nor fit.
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_input_kernel"])
+def compile_tiles(name: str, capability: int) -> None:
+    tiles = triton_packed.TILES if name == "forward_kernel" else triton_packed.BACKWARD_TILES
+    for element, tile in [
+        *(("bf16", tile) for _, tile in tiles),
+        ("fp16", tiles[0][1]),
+        ("fp32", triton_packed.FLOAT32_TILE),
+    ]:
+        sizes = {"BLOCK_N": tile.rows, "BLOCK_O": tile.out, "BLOCK_K": tile.depth, "BLOCK_E": 64, "GROUP": 8}
+        pointers = [f"*{element}", "*i32", "*i32", "*u8", f"*{element}"]
+        compiled = _compiled(capability, name, [*pointers, *["i32"] * 4], sizes, tile.num_warps, tile.num_stages)
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp16", "fp32"])
+def compile_the_others(element: str) -> None:
+    _compiled(90, "unpack_kernel", ["*i32", "*u8", f"*{element}", "i32"], {"BLOCK_G": 64})
+    for name, num_pointers in (("swiglu_kernel", 2), ("swiglu_backward_kernel", 3)):
+        _compiled(90, name, [*[f"*{element}"] * num_pointers, "i32", "fp32", "fp32"], {"BLOCK": 1024})
+
+
+def _compiled(
+    capability: int, name: str, types: list[str], sizes: dict[str, int], num_warps: int = 4, num_stages: int = 3
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(triton_packed._kernels(), name)
+    signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(sizes)], strict=True))
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind.startswith("*")}
+    source = ASTSource(kernel, signature=signature, constexprs=sizes, attrs=aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+# What the interpreter lacks: it keeps bfloat16 as bits, and multiplies the bits.
+
+
+def teach_bfloat16() -> None:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widen(handle: Any) -> Any:
+        bits = handle.data
+        return (bits.astype(np.uint32) << 16).view(np.float32) if handle.dtype.scalar == tl.bfloat16 else bits
+
+    def narrow(data: Any) -> Any:
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
+        return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    plain = interpreter.InterpreterBuilder
+
+    def create_fmul(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            return narrow(widen(a) * widen(b))
+        return self.binary_op(a, b, np.multiply)
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
+        return interpreter.TensorHandle(np.matmul(widen(a), widen(b), dtype=np.float32) + acc.data, acc.dtype.scalar)
+
+    cast = plain.create_fp_trunc
+
+    def create_fp_trunc(self: Any, x: Any, dtype: Any) -> Any:
+        return narrow(x.data) if (x.dtype.scalar, dtype.scalar) == (tl.float32, tl.bfloat16) else cast(self, x, dtype)
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # numpy 2.4 makes no number of an array of one.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    plain.create_fmul, plain.create_dot, plain.create_fp_trunc = create_fmul, create_dot, create_fp_trunc
+    plain.get_bf16 = lambda self, value: narrow(np.array([value], np.float32))
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+if INTERPRETING:
+    teach_bfloat16()
