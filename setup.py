@@ -1,12 +1,15 @@
 """The one part of the build that pyproject.toml cannot say: an optional library in C, loaded with ctypes."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
+SOURCES = Path("gptoss_opt/kernels/experts/c")
 NATIVE = Extension(
     "gptoss_opt.kernels.experts._native",
-    ["gptoss_opt/kernels/experts/native.c"],
+    [str(SOURCES / "native.c")],
+    depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
     extra_compile_args=["-O3"],
     libraries=["m", "pthread"],
     # Without a compiler the package installs all the same, and does without.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,7 @@ def differentiate(run: Callable[..., Tensor], inputs: list[Tensor], d_out: Tenso
 def assert_within_budget(
     run: Callable[..., Tensor], inputs: list[Tensor], visible: Visible, scale: float, window: int | None
 ) -> None:
-    """`run(q, k, v, sinks)` and its gradients are as good as plain attention in the dtype of the inputs.
-
-    The truth is the reference in float64 on the same inputs; allowed is twice the plain reference's own error plus a
-    rounding of the largest value, pointwise and as root mean square.
-    """
+    """`run(q, k, v, sinks)` and its gradients are as good as plain attention in the dtype of the inputs."""
     d_out = torch.randn_like(inputs[0])
 
     def plain(*x: Tensor) -> Tensor:
@@ -107,12 +103,19 @@ def assert_within_budget(
     truth = differentiate(plain, [x.double() for x in inputs], d_out)
     # Nobody trains through one query, whose few gradients say little about rounding: they are tested in float64.
     names = ("out", "dq", "dk", "dv", "dsinks") if inputs[0].shape[2] > 1 else ("out",)
-    base = differentiate(plain, inputs, d_out)
-    ours = differentiate(run, inputs, d_out)
-    eps = torch.finfo(inputs[0].dtype).eps
+    assert_as_exact(names, differentiate(run, inputs, d_out), differentiate(plain, inputs, d_out), truth)
+
+
+def assert_as_exact(names: Iterable[str], ours: list[Tensor], base: list[Tensor], truth: list[Tensor]) -> None:
+    """Our tensors are as good as those of a plain computation in the same dtype, `base`.
+
+    Allowed is twice the plain computation's own error plus a rounding of the largest value, pointwise and as root mean
+    square. The truth is in float64, on the same inputs.
+    """
     for name, actual, low, exact in zip(names, ours, base, truth, strict=False):
         assert actual.dtype == low.dtype, name
         assert actual.isfinite().all(), name
+        eps = torch.finfo(actual.dtype).eps
         norms: dict[str, Callable[[Tensor], Tensor]] = {
             "pointwise": lambda x: x.abs().max(),
             "rms": lambda x: x.pow(2).mean().sqrt(),

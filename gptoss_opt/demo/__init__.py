@@ -1,17 +1,20 @@
-"""The demo: one GPT-OSS checkpoint in eager attention and in each wrapper, measured and compared.
+"""The demo: GPT-OSS in eager attention and with the wrappers, measured and compared.
 
-Each stack is measured in a process of its own, so that its memory is its own. Timed once, after a short warm-up.
+Two tables: generation and a training step over long prompts, and decoding with the experts held in each way. Each row
+is measured in a process of its own, so that its memory is its own. Timed once, after a short warm-up.
 """
 
 from __future__ import annotations
 
+import io
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,10 +26,13 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from ..core import explain
-from ..testing import random_checkpoint
+from ..testing import SIZES, Size, _write, random_checkpoint
+from ..wrappers.fast_experts import with_fast_experts
 from ..wrappers.flash_attention import with_flash_attention
+from ..wrappers.mxfp4_experts import with_mxfp4_experts
+from .decode import PROMPT, Decoder
 from .measure import Subject, Wrap
-from .report import Report, Result
+from .report import DecodeResult, Report, Result
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,19 @@ ROWS = (
     Row("with_flash_attention", with_flash_attention),
 )
 
+# The same for the second table, whose wrappers are given to `load`.
+DECODE_ROWS = (
+    Row("dense (transformers)"),
+    Row("with_fast_experts", with_fast_experts),
+    Row("with_mxfp4_experts", with_mxfp4_experts),
+)
+
+WIDE = replace(SIZES["20b"], layers=1, experts=8, vocab=4096, bos=4093, pad=4094, eos=4095)
+"""One layer as wide as those of gpt-oss-20b, with 8 of its 32 experts: a token reads as much as there."""
+
 CODE = """\
-from transformers import AutoModelForCausalLM
-from gptoss_opt import {name}
-model = {name}(AutoModelForCausalLM.from_pretrained("{model}"))"""
+from gptoss_opt import load, with_flash_attention, with_mxfp4_experts
+model = load("{model}", with_mxfp4_experts(), with_flash_attention())"""
 
 
 class DemoError(Exception):
@@ -70,6 +85,11 @@ def check_model(path: str, longest: int) -> None:
         raise DemoError(f"{path!r} takes {config.max_position_embeddings} tokens at most, not {longest}.")
 
 
+def packed(path: str) -> bool:
+    """Whether the experts of this checkpoint are packed."""
+    return getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+
+
 # One per measuring process: a model stays where it is, and only file names and numbers travel.
 _subject: Subject | None = None
 
@@ -85,7 +105,14 @@ def _measure(*args: Any) -> Result:
     return _subject.measure(*args)
 
 
+def _decode(new_tokens: int, file: Path, *args: Any) -> tuple[DecodeResult, str]:
+    decoder = Decoder(*args)
+    return decoder.measure(new_tokens, file), str(explain(decoder.model))
+
+
 def _quiet() -> None:
+    # Progress bars within the demo's own; errors come back as exceptions.
+    sys.stderr = io.StringIO()
     untyped: Any = transformers_logging
     untyped.set_verbosity_error()
     untyped.disable_progress_bar()
@@ -125,26 +152,31 @@ def run_demo(
     dtype: str | None = None,
     threads: int | None = None,
     size: str = "small",
+    wide: Size | None = WIDE,
     rows: Sequence[Row] = ROWS,
+    decode_rows: Sequence[Row] = DECODE_ROWS,
     isolated: bool = True,
 ) -> Report:
-    """Generate and train one step with every stack at every length, and compare with the first stack.
+    """Generate and train one step with every stack at every length, decode with the experts held in each way, compare.
 
     Args:
-        model: a folder or a hub id; None writes a random checkpoint and removes it afterwards.
+        model: a folder or a hub id; None writes random checkpoints and removes them afterwards.
         lengths: prompt lengths in tokens.
         new_tokens: how many tokens to generate, greedily.
         dtype: to load the weights in; None is "float32" for the random checkpoint, else "auto", the dtype of the file.
+            The second table is in float32 if that is asked for, else in bfloat16.
         threads: CPU threads; None leaves that to torch.
         size: of the random checkpoint.
+        wide: the size of the random checkpoint of the second table; None takes the first one again.
         rows: the stacks.
+        decode_rows: the ways to hold the experts.
         isolated: measure each stack in a process of its own. Without, memory is less exact.
 
     Raises:
         DemoError: the model cannot be loaded, is not a GPT-OSS model, or does not fit into memory.
 
     Example:
-        >>> report = run_demo(size="tiny", lengths=[16], new_tokens=2, isolated=False)
+        >>> report = run_demo(size="tiny", wide=None, lengths=[16], new_tokens=2, isolated=False)
         >>> report.problems
         ()
     """
@@ -152,28 +184,51 @@ def run_demo(
         raise ValueError("the demo needs at least one length and one row.")
     # In growing order, so that memory the allocator keeps from a shorter run never exceeds the peak of a longer one.
     lengths = sorted(set(lengths))
+    decode_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
     dtype = dtype or ("auto" if model else "float32")
     with tempfile.TemporaryDirectory(prefix="gptoss_opt-demo-") as scratch:
         path = model or str(random_checkpoint(Path(scratch, "checkpoint"), size))
         check_model(path, lengths[-1])
+        if not packed(path):
+            # To pack dense weights is lossy: there is no first row to hold it to.
+            decode_rows = [row for row in decode_rows if row.wrap is not with_mxfp4_experts]
         results: list[Result] = []
-        explanation = ""
+        decoded: list[DecodeResult] = []
+        explanations = ["", ""]
         bar_format = "{desc:<42}{bar}| {n_fmt}/{total_fmt} {elapsed}"
-        with tqdm(total=len(rows) * (1 + len(lengths)), bar_format=bar_format, ncols=80) as bar:
+        with tqdm(total=len(rows) * (1 + len(lengths)) + len(decode_rows), bar_format=bar_format, ncols=80) as bar:
             for row in rows:
                 with _explained(path), _caller(isolated) as call:
                     bar.set_description_str(f"{row.label}: load")
-                    explanation = call(_load, path, dtype, row.label, row.wrap, threads)
+                    explanations[0] = call(_load, path, dtype, row.label, row.wrap, threads)
                     bar.update()
                     for length in lengths:
                         bar.set_description_str(f"{row.label}: length {length}")
                         results.append(call(_measure, length, new_tokens, Path(scratch, f"first-{length}.pt")))
                         bar.update()
+            for row in decode_rows:
+                if not decoded and model is None and wide is not None:
+                    path = str(_wide_checkpoint(Path(scratch, "wide"), wide))
+                with _explained(path), _caller(isolated) as call:
+                    bar.set_description_str(f"{row.label}: decode")
+                    arguments = (path, decode_dtype, row.label, row.wrap, threads)
+                    result, explanations[1] = call(_decode, new_tokens, Path(scratch, "first.pt"), *arguments)
+                    decoded.append(result)
+                    bar.update()
     name = model or f"random checkpoint, size {size!r}"
+    decode_name = model or ("one layer as wide as gpt-oss-20b's, 8 experts" if wide is WIDE else name)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return Report(
         f"{name}, dtype {dtype}, {new_tokens} new tokens, on {device} ({threads or torch.get_num_threads()} threads)",
         tuple(sorted(results, key=lambda result: result.length)),
-        explanation,
-        CODE.format(name=rows[-1].label, model=model or "openai/gpt-oss-20b"),
+        f"{decode_name}, dtype {str(decode_dtype).removeprefix('torch.')}, {new_tokens} tokens after {PROMPT}",
+        tuple(decoded),
+        "\n\n".join(filter(None, explanations)),
+        CODE.format(model=model or "openai/gpt-oss-20b"),
     )
+
+
+def _wide_checkpoint(folder: Path, size: Size) -> Path:
+    folder.mkdir()
+    _write(folder, size, size.layers, seed=0, progress=False)
+    return folder

@@ -1,4 +1,4 @@
-"""What the demo prints: one line per stack and length, and the text around it."""
+"""What the demo prints: one line per stack and length, one per way to hold the experts, and the text around them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ FOOTNOTE = """\
 Differences and (ratios) are to the first row of each length; the sink gradient difference is relative.
 Each was run once. Train step: forward with labels, and backward. Peak memory: the most that both took beyond the
 loaded model (on CUDA as torch counts it, on Linux the resident memory of the process, n/a elsewhere)."""
+
+DECODE_HEADINGS = ("experts", "same greedy tokens", "max logit diff", "load", "expert weights", "decode")
+DECODE_FOOTNOTE = """\
+Load: from the file to a model; the first row by transformers, the others by gptoss_opt.load. Expert weights: as they
+are stored. Decode: one token after the other, by the median step of generate."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,51 @@ class Result:
 
     def cells(self, first: Result) -> tuple[str, ...]:
         """The line as text."""
-        same = "yes" if self.same_tokens == self.new_tokens else f"first {self.same_tokens} of {self.new_tokens}"
         sinks = "no gradient" if self.sink_difference is None else f"{self.sink_difference:.1e}"
-        agreement = ("-", "-", "-") if self is first else (same, f"{self.logit_difference:.1e}", sinks)
+        agreement = ("-", "-", "-") if self is first else (_same(self), f"{self.logit_difference:.1e}", sinks)
         amounts = (
             ("{:.2f} s", self.generate_seconds, first.generate_seconds),
             ("{:.2f} s", self.train_seconds, first.train_seconds),
             ("{:.0f} MiB", self.peak_mib, first.peak_mib),
         )
         return (str(self.length), self.stack, *agreement, *(_amount(*amount) for amount in amounts))
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """One line of the second table: a way to hold and compute the experts, against the first.
+
+    Attributes:
+        new_tokens, same_tokens, logit_difference, problems: as in `Result`.
+        load_seconds: from the file to a model.
+        expert_mib: of the expert weights, as they are stored.
+        tokens_per_second: of decoding, one row.
+    """
+
+    stack: str
+    new_tokens: int
+    same_tokens: int
+    logit_difference: float
+    problems: tuple[str, ...]
+    load_seconds: float
+    expert_mib: float
+    tokens_per_second: float
+
+    def cells(self, first: DecodeResult) -> tuple[str, ...]:
+        """The line as text."""
+        ratio = "" if self is first else f" ({self.tokens_per_second / first.tokens_per_second:.1f}x)"
+        return (
+            self.stack,
+            *(("-", "-") if self is first else (_same(self), f"{self.logit_difference:.1e}")),
+            _amount("{:.2f} s", self.load_seconds, first.load_seconds),
+            _amount("{:.1f} MiB", self.expert_mib, first.expert_mib),
+            f"{self.tokens_per_second:.1f} tokens/s{ratio}",
+        )
+
+
+def _same(result: Result | DecodeResult) -> str:
+    same, of = result.same_tokens, result.new_tokens
+    return "yes" if same == of else f"first {same} of {of}"
 
 
 def _amount(unit: str, this: float | None, first: float | None) -> str:
@@ -68,20 +109,32 @@ class Report:
 
     title: str
     results: tuple[Result, ...]
+    decode_title: str
+    decode_results: tuple[DecodeResult, ...]
     explanation: str
     code: str
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What is beyond the tolerance, in all rows; empty if every stack gave the same model."""
-        return tuple(problem for result in self.results for problem in result.problems)
+        results: tuple[Result | DecodeResult, ...] = (*self.results, *self.decode_results)
+        return tuple(problem for result in results for problem in result.problems)
 
     def __str__(self) -> str:
         first: dict[int, Result] = {}
-        lines = [HEADINGS, *(line.cells(first.setdefault(line.length, line)) for line in self.results)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, tuple("-" * width for width in widths))
-        table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-        verdict = "\n".join(f"NOT THE SAME: {problem}" for problem in self.problems)
-        parts = (self.title, table, FOOTNOTE, verdict, self.explanation, self.code)
+        parts = [self.title]
+        parts += [
+            _table(HEADINGS, [line.cells(first.setdefault(line.length, line)) for line in self.results]),
+            FOOTNOTE,
+        ]
+        if self.decode_results:
+            lines = [line.cells(self.decode_results[0]) for line in self.decode_results]
+            parts += [self.decode_title, _table(DECODE_HEADINGS, lines), DECODE_FOOTNOTE]
+        parts += ["\n".join(f"NOT THE SAME: {problem}" for problem in self.problems), self.explanation, self.code]
         return "\n\n".join(part for part in parts if part)
+
+
+def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = [headings, tuple("-" * width for width in widths), *rows]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

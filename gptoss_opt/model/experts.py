@@ -83,8 +83,9 @@ def expert_parameters(model: nn.Module) -> list[str]:
 
 def experts_request(model: nn.Module) -> ExpertsRequest:
     """What a backend must serve on this model."""
-    bias = next(module for module in model.modules() if isinstance(module, GptOssExperts)).down_proj_bias
-    return ExpertsRequest(bias.device.type, bias.dtype)
+    module = next(module for module in model.modules() if isinstance(module, GptOssExperts))
+    bias, sizes = module.down_proj_bias, (module.hidden_size, module.intermediate_size)
+    return ExpertsRequest(bias.device.type, bias.dtype, sizes)
 
 
 def why_no_experts(model: nn.Module) -> Iterator[str]:

@@ -60,6 +60,7 @@ def with_fast_experts(model: Any = None, *, backend: str = "auto") -> Any:
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a
             wrapper to give to `compose` or `load`.
         backend: "auto", or one by name, which then never falls back:
+            "native": CPU with AVX-512 BF16, a library in C; bfloat16. Built when gptoss_opt is installed.
             "torch": torch's grouped_mm, CPU and CUDA, and the activation in one pass.
             "reference": plain torch, one expert after the other; defines the semantics, runs everywhere.
 

@@ -5,27 +5,36 @@ from __future__ import annotations
 import mmap
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gptoss_opt import cli, demo, with_flash_attention
-from gptoss_opt.demo import ROWS, DemoError, Row, run_demo
+from gptoss_opt import cli, demo, load, with_flash_attention
+from gptoss_opt.demo import DECODE_ROWS, ROWS, WIDE, DemoError, Row, decode, run_demo
 from gptoss_opt.demo.measure import PeakMemory, compare
 from gptoss_opt.testing import random_checkpoint
 
 
 def small_run(**changes: Any) -> demo.Report:
     """The demo within the process of the tests, on a tiny checkpoint."""
-    settings = {"size": "tiny", "lengths": [24, 8], "new_tokens": 4, "isolated": False}
+    settings = {"size": "tiny", "wide": None, "lengths": [24, 8], "new_tokens": 4, "isolated": False}
     return run_demo(**{**settings, **changes})
 
 
 def without_sinks(model: Any) -> Any:
     for layer in model.model.layers:
         layer.self_attn.sinks.data.fill_(-1e4)
+    return model
+
+
+def load_with_other_biases(*args: Any, **options: Any) -> Any:
+    """`load`, but the last bias of the experts is off."""
+    model = load(*args, **options)
+    for layer in model.model.layers:
+        layer.mlp.experts.down_proj_bias.data.add_(1)
     return model
 
 
@@ -39,6 +48,7 @@ def test_every_stack_at_every_length_gives_the_same_model() -> None:
     report = small_run()
     assert [(line.length, line.stack) for line in report.results] == [(n, row.label) for n in (8, 24) for row in ROWS]
     assert report.problems == ()
+    assert [line.stack for line in report.decode_results] == [row.label for row in DECODE_ROWS]
     for line in report.results:
         assert line.same_tokens == line.new_tokens == 4
         assert line.generate_seconds > 0
@@ -46,6 +56,43 @@ def test_every_stack_at_every_length_gives_the_same_model() -> None:
         assert line.logit_difference < 1e-4
         assert line.sink_difference is not None
         assert line.sink_difference < 1e-4
+
+
+def test_experts_are_measured_in_each_way_they_are_held() -> None:
+    dense, fast, packed = small_run(dtype="float32", lengths=[8]).decode_results
+    for line in (dense, fast, packed):
+        assert line.same_tokens == line.new_tokens == 5
+        assert line.logit_difference < 1e-4
+        assert line.load_seconds > 0
+        assert line.tokens_per_second > 0
+    # Two layers of four experts: three matrices of 64 x 96 each, in 32 and in 4.25 bits.
+    assert dense.expert_mib == fast.expert_mib == 2 * 4 * 3 * 64 * 96 * 4 / 2**20
+    assert packed.expert_mib == dense.expert_mib * 4.25 / 32
+
+
+def test_experts_that_compute_something_else_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "load", load_with_other_biases)
+    for dtype in ("float32", "bfloat16"):
+        report = small_run(rows=ROWS[:1], lengths=[8], dtype=dtype)
+        for row in DECODE_ROWS[1:]:
+            assert any(problem.startswith(f"{row.label}: the median") for problem in report.problems)
+        assert f"NOT THE SAME: {report.problems[0]}" in str(report)
+
+
+def test_the_wide_checkpoint_has_experts_as_large_as_those_of_20b() -> None:
+    assert (WIDE.hidden, WIDE.intermediate, WIDE.experts_per_token) == (2880, 2880, 4)
+    report = small_run(lengths=[8], wide=replace(WIDE, hidden=64, intermediate=64), decode_rows=DECODE_ROWS[::2])
+    assert report.problems == ()
+    assert report.decode_results[1].expert_mib == 8 * 3 * 64 * 64 * 17 / 32 / 2**20
+    assert "one layer as wide" not in report.decode_title
+
+
+def test_what_is_not_packed_in_the_file_is_not_packed(tmp_path: Path) -> None:
+    dense = load(random_checkpoint(tmp_path / "packed"))
+    dense.save_pretrained(tmp_path / "dense")
+    report = small_run(model=str(tmp_path / "dense"), lengths=[8])
+    assert [line.stack for line in report.decode_results] == [row.label for row in DECODE_ROWS[:2]]
+    assert report.problems == ()
 
 
 def test_what_it_prints() -> None:
@@ -57,12 +104,18 @@ def test_what_it_prints() -> None:
         "24      with_flash_attention  yes",
         "Peak memory: the most that both took beyond the\nloaded model",
         "GptOssForCausalLM: 1 wrapper",
+        "random checkpoint, size 'tiny', dtype bfloat16, 4 tokens after 64",
+        "experts               same greedy tokens  max logit diff  load",
+        "dense (transformers)  -                   -               ",
+        "4 expert weights packed as MXFP4, exactly",
     ):
         assert expected in text
     lines = text.splitlines()
-    assert lines[-3] == "from transformers import AutoModelForCausalLM"
-    assert lines[-1].startswith("model = with_flash_attention(")
-    compile("\n".join(lines[-3:]), "demo", "exec")
+    assert lines[-2:] == [
+        "from gptoss_opt import load, with_flash_attention, with_mxfp4_experts",
+        'model = load("openai/gpt-oss-20b", with_mxfp4_experts(), with_flash_attention())',
+    ]
+    compile("\n".join(lines[-2:]), "demo", "exec")
     assert "NOT THE SAME" not in text
 
 
@@ -130,7 +183,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     arguments = ["demo", "--model", path, "--lengths", "8", "12", "--new-tokens", "3", "--dtype", "float32"]
     assert cli.main(arguments) == 0
     assert given == [(path, {"lengths": [8, 12], "new_tokens": 3, "dtype": "float32"})]
-    assert f'from_pretrained("{path}")' in capsys.readouterr().out
+    assert f'load("{path}", with_mxfp4_experts(), with_flash_attention())' in capsys.readouterr().out
     rows = (Row("eager"), Row("no sinks", without_sinks))
     assert cli.main(arguments) == 1
     assert "NOT THE SAME" in capsys.readouterr().out
@@ -186,5 +239,6 @@ def test_a_wrapper_that_refuses_is_quoted(tmp_path: Path, monkeypatch: pytest.Mo
     path = random_checkpoint(tmp_path / "checkpoint")
     config = path / "config.json"
     config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
-    monkeypatch.setattr(demo, "run_demo", lambda model: small_run(model=model, rows=(Row("x", with_flash_attention),)))
+    rows = (Row("x", with_flash_attention),)
+    monkeypatch.setattr(demo, "run_demo", lambda model: small_run(model=model, rows=rows))
     assert cli.main(["demo", "--model", str(path)]) == 2

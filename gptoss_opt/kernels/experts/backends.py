@@ -8,17 +8,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import activation, native, reference, torch_grouped, triton_packed
+from . import activation, native, native_dense, reference, torch_grouped, triton_packed
 from .routes import add_bias
 from .weights import Dense, Packed
 
 
 @dataclass(frozen=True)
 class ExpertsRequest:
-    """What a backend must serve: where, and in which dtype."""
+    """What a backend must serve: where, in which dtype, and with which sizes (hidden and intermediate)."""
 
     device_type: str
     dtype: torch.dtype
+    sizes: tuple[int, ...] = ()
 
 
 class PackedKernel(Protocol):
@@ -110,6 +111,23 @@ class Reference:
         return "reference"
 
 
+class NativeDense:
+    """The library in C on dense weights: bfloat16 on a CPU with AVX-512 BF16."""
+
+    name = "native"
+    only_named = False
+
+    def why_not(self, request: ExpertsRequest) -> str | None:
+        """The reason why it cannot serve, or None."""
+        return native.why_not_dense(request.device_type, request.dtype, request.sizes)
+
+    def dense(self, x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
+        return native_dense.linear(x, ends, weights)
+
+    def activation(self, gate_up: Tensor) -> str:
+        return "native"
+
+
 class TorchGrouped:
     """torch's grouped_mm on dense weights; the activation in one pass by a kernel, where there is one."""
 
@@ -136,7 +154,7 @@ class DenseKernel(Protocol):
 
 
 PACKED_BACKENDS = (Triton(), Native(), Reference())
-DENSE_BACKENDS = (TorchGrouped(), Reference())
+DENSE_BACKENDS = (NativeDense(), TorchGrouped(), Reference())
 
 
 def packed_kernel(name: str) -> PackedKernel:

@@ -1,6 +1,6 @@
 """The native library for CPUs: found, loaded and called.
 
-It is plain C (native.c), built when the package is installed if there is a compiler, and loaded on first use. Its
+It is plain C (folder c), built when the package is installed if there is a compiler, and loaded on first use. Its
 threads are those of torch's own OpenMP runtime, as many as `torch.get_num_threads()`: a second pool would compete with
 torch's, whose threads go on spinning for a while after each operation.
 """
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ..mxfp4 import BLOCK
-from .weights import Packed
+from .weights import Dense, Packed
 
 MODULE = "gptoss_opt.kernels.experts._native"
 DTYPES = (torch.bfloat16, torch.float32)
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16")
+BFLOAT16 = len(INSTRUCTION_SETS) - 1
 
 _P, _INT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
 
@@ -78,52 +79,98 @@ def _fork_join() -> ctypes.c_void_p | None:
     return None
 
 
+class Matrices(NamedTuple):
+    """Weights as the library takes them: `[E, rows, length]`, dense bfloat16, or packed if there are scales."""
+
+    values: Tensor
+    scales: Tensor | None
+    rows: int
+    length: int
+
+
+def _packed(weights: Packed) -> Matrices:
+    _, num_out, num_blocks = weights.scales.shape
+    return Matrices(weights.blocks.contiguous(), weights.scales.contiguous(), num_out, num_blocks * BLOCK)
+
+
+def _dense(weights: Dense) -> Matrices:
+    return Matrices(weights.weight.contiguous(), None, *weights.weight.shape[1:])
+
+
 def _product(
-    x: Tensor, ends: Tensor, weights: Packed, bias: Tensor | None, backward: bool, which: int | None
+    x: Tensor, ends: Tensor, weights: Matrices, bias: Tensor | None, columns: bool, instruction_set: int | None = None
 ) -> Tensor:
+    """`x` [N, length] times the transposed weights, or with `columns` [N, rows] times the weights, plus the bias."""
+    if x.dtype not in DTYPES or x.device.type != "cpu":
+        raise ValueError(f"{why_not(x.device.type, x.dtype)}: wrap the model again where and as it is now.")
     functions, best, parallel = library()
-    which = best if which is None else which
+    which = best if instruction_set is None else instruction_set
     # Only the last of the instruction sets multiplies bfloat16; the others take float32.
-    half = x.dtype == torch.bfloat16 and which == len(INSTRUCTION_SETS) - 1
-    work = torch.bfloat16 if half else torch.float32
-    which = which if half else min(which, len(INSTRUCTION_SETS) - 2)
-    num_experts, num_out, num_blocks = weights.scales.shape
-    num_in = num_blocks * BLOCK
-    x = x.to(work).contiguous()
-    bias = None if bias is None else bias.to(work).contiguous()
-    blocks, scales = weights.blocks.contiguous(), weights.scales.contiguous()
-    y = x.new_empty(x.shape[0], num_in if backward else num_out)
+    half = x.dtype == torch.bfloat16 and which == BFLOAT16
+    which = which if half else min(which, BFLOAT16 - 1)
+    dtype = torch.bfloat16 if half else torch.float32
+    rows = x.to(dtype).contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    y = rows.new_empty(x.shape[0], weights.length if columns else weights.rows)
     y[int(ends[-1]) :] = 0
-    room = torch.empty_like(x) if half and not backward else None
+    room = torch.empty_like(rows) if half and weights.scales is not None and not columns else None
     status = functions.gptoss_product(
         which,
-        backward,
-        x.data_ptr(),
+        columns,
+        rows.data_ptr(),
         y.data_ptr(),
         ends.contiguous().data_ptr(),
-        blocks.data_ptr(),
-        scales.data_ptr(),
+        weights.values.data_ptr(),
+        None if weights.scales is None else weights.scales.data_ptr(),
         None if bias is None else bias.data_ptr(),
         None if room is None else room.data_ptr(),
-        num_experts,
-        num_in,
-        num_out,
+        ends.numel(),
+        weights.rows,
+        weights.length,
         parallel,
         torch.get_num_threads(),
     )
     if status:
         raise MemoryError("the native kernel found no memory for its scratch space.")
-    return y
+    return y.to(x.dtype)
 
 
 def forward(x: Tensor, ends: Tensor, weights: Packed, *, instruction_set: int | None = None) -> Tensor:
     """`x` [N, in] times the weights of each row's expert, plus its bias: [N, out]. Rows of no expert give zero."""
-    return _product(x, ends, weights, weights.bias, False, instruction_set).to(x.dtype)
+    return _product(x, ends, _packed(weights), weights.bias, False, instruction_set)
 
 
 def backward(d_y: Tensor, ends: Tensor, weights: Packed, *, instruction_set: int | None = None) -> Tensor:
     """The gradient [N, in] for `x` of `d_y` [N, out]."""
-    return _product(d_y, ends, weights, None, True, instruction_set).to(d_y.dtype)
+    return _product(d_y, ends, _packed(weights), None, True, instruction_set)
+
+
+def why_not_dense(device_type: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
+    """The reason why it cannot multiply with dense weights of these sizes, or None."""
+    if reason := why_not(device_type, dtype):
+        return reason
+    if dtype != torch.bfloat16 or library().best != BFLOAT16:
+        return (
+            f"takes dense weights in bfloat16 on {INSTRUCTION_SETS[BFLOAT16]}; this is {dtype} on {instruction_set()}"
+        )
+    if odd := [size for size in sizes if size % BLOCK]:
+        return f"takes dense weights of sizes that are multiples of {BLOCK}, not {odd[0]}"
+    return None
+
+
+def instruction_set() -> str:
+    """The best of `INSTRUCTION_SETS` that this CPU has, and the library uses."""
+    return INSTRUCTION_SETS[library().best]
+
+
+def dense_forward(x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
+    """`forward` with dense weights."""
+    return _product(x, ends, _dense(weights), weights.bias, True)
+
+
+def dense_backward(d_y: Tensor, ends: Tensor, weights: Dense) -> Tensor:
+    """`backward` with dense weights."""
+    return _product(d_y, ends, _dense(weights), None, False)
 
 
 def _activate(gate_up: Tensor, d_out: Tensor | None, to: Tensor, alpha: float, limit: float) -> Tensor:

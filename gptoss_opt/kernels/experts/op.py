@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from .backends import packed_kernel
-from .routes import expert_of_rows
+from .routes import needs_operator, sum_by_expert
 from .weights import Packed
-
-
-def _needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether the call must be an operator: for autograd and tracing. Otherwise its overhead is saved."""
-    return torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    )
 
 
 @torch.library.custom_op("gptoss_opt::packed_linear", mutates_args=())
@@ -60,12 +53,6 @@ def _linear_backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
 packed_linear.register_autograd(_linear_backward, setup_context=_save_linear)
 
 
-def sum_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
-    """`rows` [N, H] summed by expert [E, H], in a fixed order."""
-    experts = torch.arange(ends.numel(), device=ends.device)
-    return (experts[:, None] == expert_of_rows(ends, rows.shape[0])).to(rows.dtype) @ rows
-
-
 @torch.library.custom_op("gptoss_opt::clamped_swiglu", mutates_args=())
 def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float, backend: str) -> Tensor:
     """`activation.swiglu` by a kernel: [N, 2 I] to [N, I]."""
@@ -103,13 +90,13 @@ clamped_swiglu.register_autograd(_swiglu_backward, setup_context=_save_swiglu)
 
 def linear(x: Tensor, ends: Tensor, weights: Packed, backend: str) -> Tensor:
     """`packed_linear`, as an operator only where one is needed."""
-    if _needs_operator(x, weights.bias):
+    if needs_operator(x, weights.bias):
         return packed_linear(x, ends, weights.blocks, weights.scales, weights.bias, backend)
     return packed_kernel(backend).forward(x, ends, weights)
 
 
 def swiglu(gate_up: Tensor, alpha: float, limit: float, backend: str) -> Tensor:
     """`clamped_swiglu`, as an operator only where one is needed."""
-    if _needs_operator(gate_up):
+    if needs_operator(gate_up):
         return clamped_swiglu(gate_up, alpha, limit, backend)
     return packed_kernel(backend).swiglu(gate_up, alpha, limit)

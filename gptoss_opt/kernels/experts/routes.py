@@ -84,3 +84,16 @@ def add_bias(y: Tensor, ends: Tensor, bias: Tensor) -> Tensor:
     """`y` [N, out] plus the bias [E, out] of each row's expert; rows of no expert stay as they are."""
     padded = torch.cat((bias.to(y.dtype), bias.new_zeros(1, bias.shape[1], dtype=y.dtype)))
     return y + padded[expert_of_rows(ends, y.shape[0])]
+
+
+def sum_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
+    """`rows` [N, H] summed by expert [E, H], in a fixed order."""
+    experts = torch.arange(ends.numel(), device=ends.device)
+    return (experts[:, None] == expert_of_rows(ends, rows.shape[0])).to(rows.dtype) @ rows
+
+
+def needs_operator(*tensors: Tensor | None) -> bool:
+    """Whether the call must be an operator: for autograd and tracing. Otherwise its overhead is saved."""
+    return torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    )

@@ -25,8 +25,15 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
 
 def linear(x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
     """`x` [N, in] times the dense weights of each row's expert, plus its bias: [N, out]; differentiable."""
-    y = functional.grouped_mm(x, weights.weight, offs=ends)
-    # It leaves rows after the last end as the memory was.
-    rows = torch.arange(x.shape[0], device=x.device)
-    y = y.masked_fill((rows >= ends[-1])[:, None], 0)
+    y = _product(x, ends, weights.weight)
     return y if weights.bias is None else add_bias(y, ends, weights.bias)
+
+
+def _product(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+    # grouped_mm leaves rows after the last end as the memory was, of y and of the gradient of x.
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        stop = int(ends[-1])
+        y = functional.grouped_mm(x[:stop], weight, offs=ends)
+        return y if stop == x.shape[0] else functional.pad(y, (0, 0, 0, x.shape[0] - stop))
+    outside = (torch.arange(x.shape[0], device=x.device) >= ends[-1])[:, None]
+    return functional.grouped_mm(x.masked_fill(outside, 0), weight, offs=ends).masked_fill(outside, 0)

@@ -1,0 +1,189 @@
+"""`load` of a packed 20b checkpoint: time, peak memory, and the whole model at work.
+
+    python -m benchmarks.load [--layers N] [--repeats N] [--full]
+
+Writes a random checkpoint of the released shapes, loads it in processes of their own, and reads its files as plainly as
+can be beside that. `--full` takes all 24 layers (14 GB of disk) and generates with them as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GptOssForCausalLM
+
+from benchmarks.harness import device, record, table
+from gptoss_opt import load, with_flash_attention, with_mxfp4_experts
+from gptoss_opt.testing import SIZES, random_checkpoint
+
+MEMORY_RATIO, TIME_RATIO = 1.15, 1.0
+BUFFER = 64 << 20
+PROMPT, NEW_TOKENS = 64, 64
+
+
+def read_twice(folder: Path) -> None:
+    """Read all weights of a checkpoint twice, into one buffer."""
+    buffer = memoryview(bytearray(BUFFER))
+    for file in sorted(folder.glob("*.safetensors")) * 2:
+        with open(file, "rb", buffering=0) as source:
+            while source.readinto(buffer):
+                pass
+
+
+def ours(folder: Path) -> GptOssForCausalLM:
+    """The model with packed experts."""
+    return load(folder, with_mxfp4_experts(), with_flash_attention(), device=device())
+
+
+def transformers(folder: Path) -> GptOssForCausalLM:
+    """The model as transformers loads it: dequantised."""
+    return GptOssForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+def measured(how: Callable[[Path], GptOssForCausalLM], folder: Path, threads: int, generate: bool) -> dict[str, float]:
+    """Seconds, bytes of the finished model, and the peak of resident memory above what was there before, in bytes."""
+    torch.set_num_threads(threads)
+    before = _resident("VmRSS")
+    begin = time.perf_counter()
+    model = how(folder)
+    taken = time.perf_counter() - begin
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = {"seconds": taken, "model bytes": parameters, "peak bytes": _resident("VmHWM") - before}
+    tokens = torch.randint(2, 199998, (1, PROMPT))
+    with torch.no_grad():
+        if not bool(model(tokens.to(model.device)).logits.isfinite().all()):
+            raise AssertionError(f"{how.__name__}: the logits of the loaded model are not finite")
+    return found | (_generation(model, tokens) if generate else {})
+
+
+def _generation(model: GptOssForCausalLM, tokens: torch.Tensor) -> dict[str, float]:
+    """Tokens/s of prefill and of decoding one sequence, and the peak of resident memory with all of it, in bytes."""
+    tokens = tokens.to(model.device)
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def timed(count: int) -> float:
+        begin = time.perf_counter()
+        out = model.generate(tokens, max_new_tokens=count, min_new_tokens=count, **options)
+        assert out.shape[1] == PROMPT + count
+        return time.perf_counter() - begin
+
+    timed(1)
+    one = statistics.median(timed(1) for _ in range(3))
+    rest = timed(1 + NEW_TOKENS) - one
+    return {
+        "prefill tokens/s": PROMPT / one,
+        "decode tokens/s": NEW_TOKENS / rest,
+        "peak bytes of the process": float(_resident("VmHWM")),
+    }
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def apart(how: Callable[[Path], GptOssForCausalLM], folder: Path, threads: int, generate: bool = False) -> Any:
+    """`measured` in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measured, (how, folder, threads, generate))
+
+
+def loading_point(folder: Path, layers: int, repeats: int, threads: int) -> dict[str, Any]:
+    """Loading beside reading, in turn; the file is in the system's cache for both."""
+    found, reading = [], []
+    for turn in range(repeats + 1):
+        begin = time.perf_counter()
+        read_twice(folder)
+        taken = time.perf_counter() - begin
+        loaded = apart(ours, folder, threads)
+        if turn:
+            reading.append(taken)
+            found.append(loaded)
+    peer = apart(transformers, folder, threads)
+    size = found[0]["model bytes"]
+    return {
+        "case": f"load, 20b shape, {layers} layers",
+        "seconds": {
+            "ours": round(statistics.median(one["seconds"] for one in found), 2),
+            "reading the file twice": round(statistics.median(reading), 2),
+            "transformers": round(peer["seconds"], 2),
+        },
+        "time ratio": round(statistics.median(a["seconds"] / b for a, b in zip(found, reading, strict=True)), 2),
+        "asked time ratio": TIME_RATIO,
+        "model bytes": {"ours": size, "transformers": peer["model bytes"]},
+        "peak bytes": {"ours": max(one["peak bytes"] for one in found), "transformers": peer["peak bytes"]},
+        "memory ratio": round(max(one["peak bytes"] for one in found) / size, 3),
+        "asked memory ratio": MEMORY_RATIO,
+    }
+
+
+def full_point(folder: Path, threads: int) -> dict[str, Any]:
+    """The whole model, loaded and generating."""
+    found = apart(ours, folder, threads, generate=True)
+    return {
+        "case": f"load and generate, 20b shape, {SIZES['20b'].layers} layers",
+        "prompt": PROMPT,
+        "new tokens": NEW_TOKENS,
+        **{name: round(value, 2) for name, value in found.items()},
+        "memory ratio": round(found["peak bytes"] / found["model bytes"], 3),
+    }
+
+
+def show(points: list[dict[str, Any]]) -> str:
+    """The points as a table."""
+    rows = []
+    for point in points:
+        if "time ratio" in point:
+            times, sizes = point["seconds"], point["peak bytes"]
+            reading = f"{times['reading the file twice']} s"
+            rows += [
+                (point["case"], "time", f"{times['ours']} s", reading, f"{point['time ratio']}x", f"<= {TIME_RATIO}x"),
+                (
+                    point["case"],
+                    "peak memory",
+                    f"{sizes['ours'] / 1e9:.2f} GB",
+                    f"{point['model bytes']['ours'] / 1e9:.2f} GB finished",
+                    f"{point['memory ratio']}x",
+                    f"<= {MEMORY_RATIO}x",
+                ),
+            ]
+        else:
+            speed = f"decode {point['decode tokens/s']} tokens/s, prefill {point['prefill tokens/s']} tokens/s"
+            peak = f"{point['peak bytes of the process'] / 1e9:.2f} GB"
+            rows.append((point["case"], speed, f"loaded in {point['seconds']} s", f"peak {peak}", "", ""))
+    return table(("case", "what", "ours", "beside", "ratio", "asked"), rows)
+
+
+def main() -> None:
+    """Write the checkpoint, run the cases, print the table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--full", action="store_true", help="all 24 layers, and generate")
+    parser.add_argument("--folder", help="where to write the checkpoints; a temporary folder if left out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = random_checkpoint(Path(temporary) / "some", "20b", layers=options.layers, progress=True)
+        points = [loading_point(folder, options.layers, options.repeats, options.threads)]
+        if options.full:
+            folder = random_checkpoint(Path(temporary) / "all", "20b", progress=True)
+            points.append(full_point(folder, options.threads))
+    print(show(points))
+    command = (
+        f"python -m benchmarks.load --layers {options.layers} --repeats {options.repeats}{' --full' * options.full}"
+    )
+    print(f"written: {record('load', points, command)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+/* Products of bfloat16 with packed or dense weights, on AVX-512 BF16 and VBMI. Sums are in float32. */
+#pragma once
+#include "common.h"
+
+#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")))
+#define BF16_INLINE INLINE BF16_TARGET
+
+enum { TOKENS = 6 };       /* rows of x at a time, at most: their sums with ROWS rows of weights fill the registers */
+enum { TOKEN_CHUNK = 96 }; /* rows of x that stay in the cache while weights pass */
+enum { PANEL = 2 };        /* blocks of columns at a time */
+enum { GROUP_BLOCKS = 8 }; /* blocks of columns in a unit of work */
+enum { AHEAD = 12288 };     /* bytes from a read of packed weights to its prefetch */
+enum { ROWS_AHEAD = 16 };  /* rows from a read of dense weights to its prefetch */
+
+#define CASES(count, call)   \
+    switch (count) {         \
+    case 1: call(1); break;  \
+    case 2: call(2); break;  \
+    case 3: call(3); break;  \
+    case 4: call(4); break;  \
+    case 5: call(5); break;  \
+    default: call(6); break; \
+    }
+
+/* ---- weights in registers ------------------------------------------------------------------------------------- */
+
+/* Decoded blocks lie in groups of four values, in the order 0 4 1 5 2 6 3 7, as one shift gives it: each 64 bits of
+ * the result take 16 bits of the block, a nibble to a word. What stands above a nibble does not count, as both halves of
+ * the table, which holds the 16 values under this scale, are the same. */
+BF16_INLINE __m512i decode(const uint8_t *block, uint8_t scale) {
+    const __m512i nibbles = _mm512_set_epi64(0x003c003800340030, 0x003c003800340030, 0x002c002800240020,
+                                             0x002c002800240020, 0x001c001800140010, 0x001c001800140010,
+                                             0x000c000800040000, 0x000c000800040000);
+    __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256((const __m256i *)TABLE[scale]));
+    __m512i bytes = _mm512_broadcast_i64x2(_mm_loadu_si128((const __m128i *)block));
+    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(nibbles, bytes), table);
+}
+
+/* 32 dense values in the order of `decode`. */
+BF16_INLINE __m512i ordered(const uint16_t *values) {
+    return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), _mm512_loadu_si512(values));
+}
+
+BF16_INLINE __m512i weights_at(const Expert *e, long at) {
+    return e->scales ? decode(e->weights + at * BYTES, e->scales[at])
+                     : ordered((const uint16_t *)e->weights + at * BLOCK);
+}
+
+/* ---- dot ------------------------------------------------------------------------------------------------------ */
+
+/* The sums of four vectors. */
+BF16_INLINE __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                               _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Where the sums of a tile go: y[t, 0..count], with the bias added. */
+typedef struct {
+    uint16_t *y;
+    long stride, count;
+    const uint16_t *bias;
+} Target;
+
+BF16_INLINE void store_sums(__m512 a, __m512 b, __m512 c, __m512 d, const Target *to, long t) {
+    const __mmask8 some = (__mmask8)((1 << to->count) - 1);
+    __m128 start = _mm_setzero_ps();
+    if (to->bias)
+        start = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_maskz_loadu_epi16(some, to->bias)), 16));
+    _mm_mask_storeu_epi16(to->y + t * to->stride, some, (__m128i)_mm_cvtneps_pbh(_mm_add_ps(start, sums(a, b, c, d))));
+}
+
+/* ROWS rows of weights; with strides of zero, one row as often. */
+typedef struct {
+    const uint8_t *weights, *scales;
+    long stride, scale_stride;
+} Strip;
+
+/* `tokens` rows of x times a strip, packed (then x is in the order of `decode`) or dense. */
+BF16_INLINE void tile_dot(const int tokens, const int packed, Strip w, const uint16_t *x, long length, Target to) {
+    __m512 sum[TOKENS][ROWS];
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int r = 0; r < ROWS; r++) sum[t][r] = _mm512_setzero_ps();
+    for (long l = 0; l < length; l += BLOCK)
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            __m512i row;
+            if (packed) {
+                const uint8_t *block = w.weights + r * w.stride + l / 2;
+                _mm_prefetch((const char *)block + AHEAD, _MM_HINT_T1);
+                row = decode(block, w.scales[r * w.scale_stride + l / BLOCK]);
+            } else
+                row = _mm512_loadu_si512(w.weights + r * w.stride + 2 * l);
+            UNROLL for (int t = 0; t < tokens; t++)
+                sum[t][r] = _mm512_dpbf16_ps(sum[t][r], (__m512bh)_mm512_loadu_si512(x + t * length + l), (__m512bh)row);
+        }
+    UNROLL for (int t = 0; t < tokens; t++) store_sums(sum[t][0], sum[t][1], sum[t][2], sum[t][3], &to, t);
+}
+
+/* The same for one or two rows of x and packed weights, in vectors of half the width: there loads are what takes the
+ * time, and two of these vectors share one load of the table. */
+BF16_INLINE void tile_dot_few(const int tokens, Strip w, const uint16_t *x, long length, Target to) {
+    const __m256i low = _mm256_set_epi64x(0x001c001800140010, 0x001c001800140010, 0x000c000800040000, 0x000c000800040000);
+    const __m256i high = _mm256_add_epi16(low, _mm256_set1_epi16(0x20));
+    __m256 sum[2][ROWS][2];
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int r = 0; r < ROWS; r++)
+        sum[t][r][0] = sum[t][r][1] = _mm256_setzero_ps();
+    for (long l = 0; l < length; l += BLOCK)
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const uint8_t *block = w.weights + r * w.stride + l / 2;
+            _mm_prefetch((const char *)block + AHEAD, _MM_HINT_T1);
+            __m256i table = _mm256_load_si256((const __m256i *)TABLE[w.scales[r * w.scale_stride + l / BLOCK]]);
+            __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
+            __m256i row[2] = {_mm256_permutexvar_epi16(_mm256_multishift_epi64_epi8(low, bytes), table),
+                              _mm256_permutexvar_epi16(_mm256_multishift_epi64_epi8(high, bytes), table)};
+            UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int h = 0; h < 2; h++) {
+                __m256i part = _mm256_loadu_si256((const __m256i *)(x + t * length + l + 16 * h));
+                sum[t][r][h] = _mm256_dpbf16_ps(sum[t][r][h], (__m256bh)part, (__m256bh)row[h]);
+            }
+        }
+    UNROLL for (int t = 0; t < tokens; t++) {
+        __m512 whole[ROWS];
+        UNROLL for (int r = 0; r < ROWS; r++)
+            whole[r] = _mm512_insertf32x8(_mm512_castps256_ps512(sum[t][r][0]), sum[t][r][1], 1);
+        store_sums(whole[0], whole[1], whole[2], whole[3], &to, t);
+    }
+}
+
+/* A strip as dense rows, in the order of `decode`. */
+BF16_INLINE Strip decoded(const Expert *e, long first, long count, long length, uint16_t *room) {
+    for (long at = first * length / BLOCK, i = 0; i < count * length / BLOCK; i++) {
+        _mm_prefetch((const char *)e->weights + (at + i) * BYTES + AHEAD, _MM_HINT_T1);
+        _mm512_store_si512(room + i * BLOCK, decode(e->weights + (at + i) * BYTES, e->scales[at + i]));
+    }
+    return (Strip){(const uint8_t *)room, NULL, count == ROWS ? 2 * length : 0, 0};
+}
+
+/* One unit: GROUP_ROWS rows of one expert's weights, times all its rows of x. */
+BF16_TARGET static void dot_bf16(const void *arguments, long index, void *scratch) {
+    const Product *p = arguments;
+    const Expert *e = &p->experts[index / p->units_each];
+    const long length = p->length, first = index % p->units_each * GROUP_ROWS;
+    const long last = first + GROUP_ROWS < p->rows ? first + GROUP_ROWS : p->rows;
+    for (long chunk = e->begin; chunk < e->end; chunk += TOKEN_CHUNK) {
+        const long end = chunk + TOKEN_CHUNK < e->end ? chunk + TOKEN_CHUNK : e->end;
+        /* For few rows of x the weights are decoded on the way, for more only once. */
+        const int packed = e->scales && end - chunk <= TOKENS;
+        for (long r = first, count; r < last; r += count) {
+            /* What is left of ROWS at the end goes one by one. */
+            count = last - r < ROWS ? 1 : ROWS;
+            Strip w = {e->weights + r * length * 2, NULL, count == ROWS ? 2 * length : 0, 0};
+            if (packed)
+                w = (Strip){e->weights + r * length / 2, e->scales + r * length / BLOCK,
+                            count == ROWS ? length / 2 : 0, count == ROWS ? length / BLOCK : 0};
+            else if (e->scales)
+                w = decoded(e, r, count, length, scratch);
+            const long tiles = (end - chunk + TOKENS - 1) / TOKENS;
+            for (long tile = 0, n = chunk, tokens; tile < tiles; tile++, n += tokens) {
+                tokens = (end - n + tiles - tile - 1) / (tiles - tile);
+                const uint16_t *x = (const uint16_t *)p->x + n * length;
+                const Target to = {(uint16_t *)p->y + n * p->rows + r, p->rows, count,
+                                   e->bias ? (const uint16_t *)e->bias + r : NULL};
+#define DOT_FEW(T) tile_dot_few(T, w, x, length, to)
+#define DOT_PACKED(T) tile_dot(T, 1, w, x, length, to)
+#define DOT_DENSE(T) tile_dot(T, 0, w, x, length, to)
+                if (packed && tokens == 1)
+                    DOT_FEW(1);
+                else if (packed && tokens == 2)
+                    DOT_FEW(2);
+                else if (packed)
+                    CASES(tokens, DOT_PACKED)
+                else
+                    CASES(tokens, DOT_DENSE)
+            }
+        }
+    }
+}
+
+/* ---- columns -------------------------------------------------------------------------------------------------- */
+
+/* x[n, r] and x[n, r + 1] everywhere; past the last row of weights, zero. */
+BF16_INLINE __m512bh pair(const uint16_t *x, long r, long rows) {
+    uint32_t both;
+    if (r + 1 < rows)
+        memcpy(&both, x + r, 4);
+    else
+        both = x[r];
+    return (__m512bh)_mm512_set1_epi32((int)both);
+}
+
+/* y[0..32 blocks] = sums + bias. */
+BF16_INLINE void store_columns(const int blocks, const __m512 *sum, const uint16_t *bias, uint16_t *y) {
+    UNROLL for (int v = 0; v < 2 * blocks; v++) {
+        __m512 out = sum[v];
+        if (bias) {
+            __m256i start = _mm256_loadu_si256((const __m256i *)(bias + 16 * v));
+            out = _mm512_add_ps(out, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(start), 16)));
+        }
+        _mm256_storeu_si256((__m256i *)(y + 16 * v), (__m256i)_mm512_cvtneps_pbh(out));
+    }
+}
+
+/* `tokens` rows of x times `blocks` blocks of columns of dense weights, straight from where they are. */
+BF16_INLINE void tile_columns(const int tokens, const int blocks, const uint16_t *w, const uint16_t *x, long rows,
+                              long length, const uint16_t *bias, uint16_t *y) {
+    __m512 sum[24];
+    UNROLL for (int i = 0; i < tokens * 2 * blocks; i++) sum[i] = _mm512_setzero_ps();
+    for (long r = 0; r < rows; r += 2, w += 2 * length)
+        UNROLL for (int b = 0; b < blocks; b++) {
+            const uint16_t *at = w + b * BLOCK;
+            _mm_prefetch((const char *)(at + ROWS_AHEAD * length), _MM_HINT_T0);
+            _mm_prefetch((const char *)(at + (ROWS_AHEAD + 1) * length), _MM_HINT_T0);
+            __m512i even = ordered(at), odd = r + 1 < rows ? ordered(at + length) : _mm512_setzero_si512();
+            __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+            UNROLL for (int t = 0; t < tokens; t++) {
+                const __m512bh both = pair(x + t * rows, r, rows);
+                __m512 *to = sum + 2 * (t * blocks + b);
+                to[0] = _mm512_dpbf16_ps(to[0], both, (__m512bh)low);
+                to[1] = _mm512_dpbf16_ps(to[1], both, (__m512bh)high);
+            }
+        }
+    UNROLL for (int t = 0; t < tokens; t++) store_columns(blocks, sum + 2 * t * blocks, bias, y + t * length);
+}
+
+/* The weights of PANEL blocks of columns: rows two by two, interleaved, each block as its 16 low and 16 high columns. */
+BF16_INLINE void fill_panel(const Expert *e, long block, long num_blocks, long rows, long length, uint16_t *panel) {
+    for (long r = 0; r < rows; r += 2)
+        for (long b = 0; b < PANEL; b++, panel += 2 * BLOCK) {
+            __m512i even = _mm512_setzero_si512(), odd = even;
+            if (b < num_blocks) {
+                const long at = r * length / BLOCK + block + b, next = at + length / BLOCK;
+                const char *ahead = (const char *)e->weights + (e->scales ? at * BYTES + 16 * length / 2
+                                                                          : (at * BLOCK + 16 * length) * 2);
+                _mm_prefetch(ahead, _MM_HINT_T0);
+                even = weights_at(e, at);
+                if (r + 1 < rows) odd = weights_at(e, next);
+            }
+            _mm512_store_si512(panel, _mm512_unpacklo_epi16(even, odd));
+            _mm512_store_si512(panel + BLOCK, _mm512_unpackhi_epi16(even, odd));
+        }
+}
+
+/* `tokens` rows of x times a panel. */
+BF16_INLINE void tile_panel(const int tokens, const uint16_t *panel, const uint16_t *x, long rows, long length,
+                            long num_blocks, const uint16_t *bias, uint16_t *y) {
+    __m512 sum[TOKENS][2 * PANEL];
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_setzero_ps();
+    for (long r = 0; r < rows; r += 2, panel += 2 * PANEL * BLOCK) {
+        __m512i w[2 * PANEL];
+        UNROLL for (int v = 0; v < 2 * PANEL; v++) w[v] = _mm512_load_si512(panel + v * BLOCK);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            const __m512bh both = pair(x + t * rows, r, rows);
+            UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_dpbf16_ps(sum[t][v], both, (__m512bh)w[v]);
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++) {
+        if (num_blocks == PANEL)
+            store_columns(PANEL, sum[t], bias, y + t * length);
+        else
+            store_columns(1, sum[t], bias, y + t * length);
+    }
+}
+
+/* One unit: GROUP_BLOCKS blocks of columns of one expert's weights, for all its rows of x. */
+BF16_TARGET static void columns_bf16(const void *arguments, long index, void *scratch) {
+    const Product *p = arguments;
+    const Expert *e = &p->experts[index / p->units_each];
+    const long rows = p->rows, length = p->length, first = index % p->units_each * GROUP_BLOCKS;
+    const long last = first + GROUP_BLOCKS < length / BLOCK ? first + GROUP_BLOCKS : length / BLOCK;
+    const long tokens = e->end - e->begin;
+    const int straight = !e->scales && tokens <= TOKENS;
+    for (long block = first, blocks; block < last; block += blocks) {
+        const uint16_t *x = (const uint16_t *)p->x + e->begin * rows;
+        const uint16_t *w = (const uint16_t *)e->weights + block * BLOCK;
+        const uint16_t *bias = e->bias ? (const uint16_t *)e->bias + block * BLOCK : NULL;
+        uint16_t *y = (uint16_t *)p->y + e->begin * length + block * BLOCK;
+        const long left = last - block;
+        if (straight && tokens == 1 && left >= 8) {
+            tile_columns(1, 8, w, x, rows, length, bias, y);
+            blocks = 8;
+        } else if (straight && tokens <= 3 && left >= 4) {
+            blocks = 4;
+#define FOUR(T) tile_columns(T, 4, w, x, rows, length, bias, y)
+            if (tokens == 1)
+                FOUR(1);
+            else if (tokens == 2)
+                FOUR(2);
+            else
+                FOUR(3);
+        } else if (straight) {
+            blocks = left >= PANEL ? PANEL : 1;
+#define TWO(T) tile_columns(T, 2, w, x, rows, length, bias, y)
+#define ONE(T) tile_columns(T, 1, w, x, rows, length, bias, y)
+            if (blocks == PANEL)
+                CASES(tokens, TWO)
+            else
+                CASES(tokens, ONE)
+        } else {
+            blocks = left >= PANEL ? PANEL : 1;
+            fill_panel(e, block, blocks, rows, length, scratch);
+            const long tiles = (tokens + TOKENS - 1) / TOKENS;
+            for (long tile = 0, n = 0, some; tile < tiles; tile++, n += some) {
+                some = (tokens - n + tiles - tile - 1) / (tiles - tile);
+#define PANELS(T) tile_panel(T, scratch, x + n * rows, rows, length, blocks, bias, y + n * length)
+                CASES(some, PANELS)
+            }
+        }
+    }
+}
+
+/* Rows of x in the order of `decode`. */
+typedef struct {
+    const uint16_t *x;
+    uint16_t *to;
+    long num_rows, length;
+} Ordering;
+
+enum { ORDERED_ROWS = 32 };
+
+BF16_TARGET static void order_rows(const void *arguments, long index, void *scratch) {
+    (void)scratch;
+    const Ordering *o = arguments;
+    const long first = index * ORDERED_ROWS, last = first + ORDERED_ROWS < o->num_rows ? first + ORDERED_ROWS : o->num_rows;
+    for (long at = first * o->length; at < last * o->length; at += BLOCK)
+        _mm512_storeu_si512(o->to + at, ordered(o->x + at));
+}

@@ -1,0 +1,52 @@
+/* What all parts share: formats, tables, and the shape of a product. */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+
+enum { BLOCK = 32, BYTES = 16 }; /* values of a block, and the bytes they take when packed */
+enum { PLAIN, AVX2, AVX512, AVX512_BF16 };
+enum { ROWS = 4, GROUP_ROWS = 128 }; /* rows of weights in registers, and in a unit of work */
+
+static float SCALE[256];                                     /* 2^(s - 128): half the scale, as codes count halves */
+static uint16_t TABLE[256][16] __attribute__((aligned(64))); /* every code under every scale, as bfloat16 */
+
+static uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float from_bf16(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+/* One expert that has rows of x. Its weights are a matrix [rows, length], packed if there are scales. */
+typedef struct {
+    long begin, end; /* its rows of x */
+    const uint8_t *weights, *scales;
+    const void *bias;
+} Expert;
+
+/* dot:      y[n, r] = sum_l x[n, l] W[r, l] + bias[r]
+ * columns:  y[n, l] = sum_r x[n, r] W[r, l] + bias[l] */
+typedef struct {
+    const void *x;
+    void *y;
+    long rows, length;
+    long units_each; /* units of work per expert */
+    const Expert *experts;
+} Product;
