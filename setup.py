@@ -5,9 +5,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = Path("gptoss_opt/kernels/experts/c")
+SOURCES = Path("gptoss_opt/kernels/native/c")
 NATIVE = Extension(
-    "gptoss_opt.kernels.experts._native",
+    "gptoss_opt.kernels.native._native",
     [str(SOURCES / "native.c")],
     depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
     extra_compile_args=["-O3"],

@@ -4,7 +4,7 @@ from .backend import Backend, Choice, check_name, choose
 from .edit import Journal, Relayout
 from .errors import BackendError, CompatibilityError, IrreversibleError
 from .explain import Explanation, explain
-from .layout import STORAGES, Layout, Source, Storage, Stored
+from .layout import STORAGES, Layout, Sliced, Source, Storage, Stored
 from .stack import Stack, compose, resolve, stack_of, undo
 from .wrapper import WRAPPERS, Host, Phase, Report, Wrapper
 
@@ -23,6 +23,7 @@ __all__ = [
     "Phase",
     "Relayout",
     "Report",
+    "Sliced",
     "Source",
     "Stack",
     "Storage",

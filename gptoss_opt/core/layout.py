@@ -6,7 +6,7 @@ are the same thing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -30,17 +30,27 @@ class Stored:
     sqnr: float = float("inf")
 
 
+class Sliced(Protocol):
+    """A tensor, or what gives its slices along the first dimension one by one, such as a tensor still in a file."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
 class Storage(Protocol):
     """A way to hold a parameter as one tensor or more, beside plain dense."""
 
     name: str
     suffixes: tuple[str, ...]
 
-    def encode(self, dense: Tensor) -> Stored:
+    def encode(self, dense: Sliced) -> Stored:
         """Dense values as this storage holds them."""
         ...
 
-    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, tensors: Mapping[str, Sliced], dtype: torch.dtype) -> Tensor:
         """The dense values."""
         ...
 
@@ -77,12 +87,15 @@ def from_model(model: nn.Module) -> Source:
     return read
 
 
-def execute(model: nn.Module, layout: Layout, source: Source, journal: Journal) -> None:
-    """Bring the parameters of `model` into `layout`. All are encoded before the first is exchanged."""
-    stored = {
-        parameter: source(parameter, STORAGES[storage])
-        for parameter, storage in _with_bar(layout.storages.items(), "packing")
-    }
+def execute(model: nn.Module, layout: Layout, source: Source | None, journal: Journal) -> None:
+    """Bring the parameters of `model` into `layout`, from `source` or else from the tensors it has now.
+
+    All are encoded before the first is exchanged.
+    """
+    read = source or from_model(model)
+    # A source shows its own progress. A small model is done before the bar would show.
+    bar = tqdm(layout.storages.items(), desc="packing", unit="tensor", delay=2, leave=False, disable=source is not None)
+    stored = {parameter: read(parameter, STORAGES[storage]) for parameter, storage in bar}
     for parameter, storage in layout.storages.items():
         path, _, name = parameter.rpartition(".")
         old = model.get_parameter(parameter)
@@ -90,8 +103,3 @@ def execute(model: nn.Module, layout: Layout, source: Source, journal: Journal) 
         new = {f"{name}{suffix}": tensor for suffix, tensor in stored[parameter].tensors.items()}
         exchange(model.get_submodule(path), name, {key: nn.Parameter(t, requires_grad=False) for key, t in new.items()})
         journal.edits.append(edit)
-
-
-def _with_bar(items: Iterable[tuple[str, str]], what: str) -> Iterator[tuple[str, str]]:
-    # Small models are done before it shows.
-    yield from tqdm(list(items), desc=what, unit="tensor", delay=2, leave=False)

@@ -14,7 +14,7 @@ from torch import nn
 from .conflicts import conflicts, holder_of
 from .edit import Journal
 from .errors import CompatibilityError, IrreversibleError
-from .layout import Layout, Source, execute, from_model
+from .layout import Layout, Source, execute
 from .wrapper import WRAPPERS, Built, Host, Model, Report, Wrapper
 
 RECORD = "_gptoss_opt_record"
@@ -309,11 +309,11 @@ def _attach_all(model: nn.Module, record: Record, target: Stack, source: Source 
         if not any(type(host) is type(wrapper.host) for host, _ in record.private):
             own = _journaled(model, functools.partial(wrapper.host.privatise, model))[0]
             record.private.append((wrapper.host, own))
-        journal, report = _journaled(model, functools.partial(_attach, model, wrapper, source or from_model(model)))
+        journal, report = _journaled(model, functools.partial(_attach, model, wrapper, source))
         record.applied.append(Applied(wrapper, journal, report))
 
 
-def _attach(model: nn.Module, wrapper: Wrapper, source: Source, journal: Journal) -> Report:
+def _attach(model: nn.Module, wrapper: Wrapper, source: Source | None, journal: Journal) -> Report:
     execute(model, wrapper.layout(model, Layout()), source, journal)
     report = wrapper.attach(model, journal)
     if not isinstance(report, Report):

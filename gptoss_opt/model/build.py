@@ -87,14 +87,33 @@ class Weights:
         """A parameter in `storage`, where `like` is: read as it is, or packed from dense."""
         if parameter in self.packed and storage.name == MXFP4.name:
             return Stored({suffix: self.read(parameter + suffix).to(like.device) for suffix in storage.suffixes})
-        return storage.encode(self.dense(parameter, like))
+        return storage.encode(InFile(self, parameter, like.device, like.dtype))
 
     def dense(self, parameter: str, like: Tensor) -> Tensor:
         """A parameter in the dtype and on the device of `like`."""
         if parameter not in self.packed:
             return self.read(parameter).to(like.device, like.dtype)
-        tensors = {suffix: self.read(parameter + suffix).to(like.device) for suffix in MXFP4.suffixes}
+        tensors = {suffix: InFile(self, parameter + suffix, like.device, torch.uint8) for suffix in MXFP4.suffixes}
         return MXFP4.decode(tensors, like.dtype)
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A tensor that stays in its file, and is read slice by slice along its first dimension."""
+
+    weights: Weights
+    key: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.weights.checkpoint.tensors[self.key].shape
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        part = self.weights.checkpoint.read(self.key, (slice(index, index + 1),), on_bytes=self.weights.on_bytes)
+        return part[0].to(self.device, self.dtype)
 
 
 def fill(model: nn.Module, weights: Weights) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from ..core import STORAGES, Journal, Stored
+from ..core import STORAGES, Journal, Sliced, Stored
 from ..kernels import memory
 from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, Dense, ExpertsRequest, Packed, experts
 from ..kernels.mxfp4 import BLOCK, pack, unpack
@@ -40,7 +40,7 @@ class Mxfp4:
     name: str = "mxfp4"
     suffixes: tuple[str, ...] = ("_blocks", "_scales")
 
-    def encode(self, dense: Tensor) -> Stored:
+    def encode(self, dense: Sliced) -> Stored:
         """Quantise, one expert at a time."""
         num_experts, num_in, num_out = dense.shape
         shape = (num_experts, num_out, num_in // BLOCK)
@@ -57,7 +57,7 @@ class Mxfp4:
         sqnr = 10 * math.log10(signal / noise) if noise else math.inf
         return Stored({"_blocks": blocks, "_scales": scales}, sqnr)
 
-    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, tensors: Mapping[str, Sliced], dtype: torch.dtype) -> Tensor:
         """Dequantise, one expert at a time."""
         blocks, scales = tensors["_blocks"], tensors["_scales"]
         num_experts, num_out, num_blocks = scales.shape

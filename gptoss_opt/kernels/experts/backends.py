@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..native import why_not as why_not_native
 from . import activation, native, native_dense, reference, torch_grouped, triton_packed
 from .routes import add_bias
 from .weights import Dense, Packed
@@ -67,7 +68,7 @@ class Native:
 
     def why_not(self, request: ExpertsRequest) -> str | None:
         """The reason why it cannot serve, or None."""
-        return native.why_not(request.device_type, request.dtype)
+        return why_not_native(request.device_type, request.dtype)
 
     def forward(self, x: Tensor, ends: Tensor, weights: Packed) -> Tensor:
         return native.forward(x, ends, weights)

@@ -1,82 +1,15 @@
-"""The native library for CPUs: found, loaded and called.
-
-It is plain C (folder c), built when the package is installed if there is a compiler, and loaded on first use. Its
-threads are those of torch's own OpenMP runtime, as many as `torch.get_num_threads()`: a second pool would compete with
-torch's, whose threads go on spinning for a while after each operation.
-"""
+"""Products with expert weights, and the activation, by the native library."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import re
-import sys
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..mxfp4 import BLOCK
+from ..native import BFLOAT16, DTYPES, INSTRUCTION_SETS, instruction_set, library, why_not
 from .weights import Dense, Packed
-
-MODULE = "gptoss_opt.kernels.experts._native"
-DTYPES = (torch.bfloat16, torch.float32)
-INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16")
-BFLOAT16 = len(INSTRUCTION_SETS) - 1
-
-_P, _INT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
-
-
-class Library(NamedTuple):
-    """The loaded library, the best of `INSTRUCTION_SETS` that this CPU has, and the fork-join of torch's threads."""
-
-    functions: ctypes.CDLL
-    best: int
-    parallel: ctypes.c_void_p | None
-
-
-def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why the native library cannot serve, or None."""
-    if device_type != "cpu":
-        return f"is for CPUs, and the model is on {device_type}"
-    if dtype not in DTYPES:
-        return f"takes {' and '.join(map(str, DTYPES))}, and the model is in {dtype}"
-    if _path() is None:
-        return "was not built when gptoss_opt was installed: install a C compiler, then gptoss_opt again"
-    return None
-
-
-@cache
-def _path() -> str | None:
-    spec = importlib.util.find_spec(MODULE)
-    return None if spec is None else spec.origin
-
-
-@cache
-def library() -> Library:
-    """The native library, loaded."""
-    path = _path()
-    assert path is not None, "ask why_not() first"
-    functions = ctypes.CDLL(path)
-    functions.gptoss_product.argtypes = [_INT, _INT, *[_P] * 7, *[_LONG] * 3, _P, _INT]
-    functions.gptoss_swiglu.argtypes = [_INT, _INT, _P, _P, _P, _LONG, _DOUBLE, _DOUBLE, _P, _INT]
-    return Library(functions, functions.gptoss_init(), _fork_join())
-
-
-def _fork_join() -> ctypes.c_void_p | None:
-    """`GOMP_parallel` of the OpenMP runtime that torch has loaded; None where it has another, or none."""
-    if sys.platform != "linux":
-        return None
-    maps = Path("/proc/self/maps").read_text()
-    found = sorted(set(re.findall(r"/\S*/lib(?:g|i)?omp[^/\s]*\.so[^/\s]*", maps)))
-    home = str(Path(torch.__file__).parent)
-    for path in sorted(found, key=lambda path: not path.startswith(home)):
-        runtime = ctypes.CDLL(path)
-        if hasattr(runtime, "GOMP_parallel"):
-            return ctypes.cast(runtime.GOMP_parallel, _P)
-    return None
 
 
 class Matrices(NamedTuple):
@@ -98,13 +31,13 @@ def _dense(weights: Dense) -> Matrices:
 
 
 def _product(
-    x: Tensor, ends: Tensor, weights: Matrices, bias: Tensor | None, columns: bool, instruction_set: int | None = None
+    x: Tensor, ends: Tensor, weights: Matrices, bias: Tensor | None, columns: bool, which: int | None = None
 ) -> Tensor:
     """`x` [N, length] times the transposed weights, or with `columns` [N, rows] times the weights, plus the bias."""
     if x.dtype not in DTYPES or x.device.type != "cpu":
         raise ValueError(f"{why_not(x.device.type, x.dtype)}: wrap the model again where and as it is now.")
     functions, best, parallel = library()
-    which = best if instruction_set is None else instruction_set
+    which = best if which is None else which
     # Only the last of the instruction sets multiplies bfloat16; the others take float32.
     half = x.dtype == torch.bfloat16 and which == BFLOAT16
     which = which if half else min(which, BFLOAT16 - 1)
@@ -156,11 +89,6 @@ def why_not_dense(device_type: str, dtype: torch.dtype, sizes: tuple[int, ...]) 
     if odd := [size for size in sizes if size % BLOCK]:
         return f"takes dense weights of sizes that are multiples of {BLOCK}, not {odd[0]}"
     return None
-
-
-def instruction_set() -> str:
-    """The best of `INSTRUCTION_SETS` that this CPU has, and the library uses."""
-    return INSTRUCTION_SETS[library().best]
 
 
 def dense_forward(x: Tensor, ends: Tensor, weights: Dense) -> Tensor:

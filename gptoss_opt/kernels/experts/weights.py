@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..mxfp4 import unpack
+from ..mxfp4.format import unpack
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """MXFP4: four-bit floats in blocks of 32 that share a power-of-two scale, as in the released GPT-OSS checkpoints."""
 
-from .format import BLOCK, FP4_VALUES, pack, sqnr, unpack
+from .convert import pack, unpack
+from .format import BLOCK, FP4_VALUES, sqnr
 
 __all__ = ["BLOCK", "FP4_VALUES", "pack", "sqnr", "unpack"]

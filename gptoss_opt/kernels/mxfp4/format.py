@@ -88,11 +88,7 @@ def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -
         >>> unpack(torch.full((1, 16), 0x72, dtype=torch.uint8), torch.tensor([128], dtype=torch.uint8))[:4]
         tensor([ 2., 12.,  2., 12.])
     """
-    if blocks.shape[:-1] != scales.shape or blocks.shape[-1:] != (BLOCK // 2,):
-        raise ValueError(
-            f"blocks {list(blocks.shape)} and scales {list(scales.shape)} do not belong together: "
-            f"expected [..., K / {BLOCK}, {BLOCK // 2}] and [..., K / {BLOCK}]."
-        )
+    check_shapes(blocks, scales)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     table = torch.tensor(FP4_VALUES, dtype=wide, device=blocks.device)
     values = table[torch.stack((blocks & 15, blocks >> 4), -1).int()].flatten(-2)
@@ -100,6 +96,15 @@ def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -
     half = exponent // 2
     values = _ldexp(_ldexp(values, half), exponent - half)
     return values.masked_fill((scales == 255)[..., None], float("nan")).flatten(-2).to(dtype)
+
+
+def check_shapes(blocks: Tensor, scales: Tensor) -> None:
+    """Raise `ValueError` unless these are the blocks and the scales of the same rows."""
+    if blocks.shape[:-1] != scales.shape or blocks.shape[-1:] != (BLOCK // 2,):
+        raise ValueError(
+            f"blocks {list(blocks.shape)} and scales {list(scales.shape)} do not belong together: "
+            f"expected [..., K / {BLOCK}, {BLOCK // 2}] and [..., K / {BLOCK}]."
+        )
 
 
 def _ldexp(values: Tensor, exponent: Tensor) -> Tensor:

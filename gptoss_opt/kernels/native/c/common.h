@@ -17,6 +17,7 @@ enum { BLOCK = 32, BYTES = 16 }; /* values of a block, and the bytes they take w
 enum { PLAIN, AVX2, AVX512, AVX512_BF16 };
 enum { ROWS = 4, GROUP_ROWS = 128 }; /* rows of weights in registers, and in a unit of work */
 
+static const float HALVES[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12}; /* twice each code */
 static float SCALE[256];                                     /* 2^(s - 128): half the scale, as codes count halves */
 static uint16_t TABLE[256][16] __attribute__((aligned(64))); /* every code under every scale, as bfloat16 */
 
@@ -32,6 +33,18 @@ INLINE float from_bf16(uint16_t value) {
     float result;
     memcpy(&result, &bits, 4);
     return result;
+}
+
+/* Value `at` of an array of bfloat16 (`half`) or float32. */
+INLINE float load(const void *from, long at, int half) {
+    return half ? from_bf16(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
+
+INLINE void store(void *to, long at, int half, float value) {
+    if (half)
+        ((uint16_t *)to)[at] = to_bf16(value);
+    else
+        ((float *)to)[at] = value;
 }
 
 /* One expert that has rows of x. Its weights are a matrix [rows, length], packed if there are scales. */

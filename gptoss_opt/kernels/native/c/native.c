@@ -6,6 +6,7 @@
 #include "activation.h"
 #include "common.h"
 #include "float32.h"
+#include "format.h"
 #include "threads.h"
 #if X86
 #include "bfloat16.h"
@@ -13,11 +14,10 @@
 
 /* Fill the tables. Call once, before anything else. Returns the best implementation that this CPU runs. */
 int gptoss_init(void) {
-    static const float halves[8] = {0, 1, 2, 3, 4, 6, 8, 12};
     for (int s = 0; s < 256; s++) {
         SCALE[s] = s == 255 ? NAN : ldexpf(1.0f, s - 128);
         for (int code = 0; code < 16; code++)
-            TABLE[s][code] = to_bf16((code & 8 ? -halves[code & 7] : halves[code & 7]) * SCALE[s]);
+            TABLE[s][code] = to_bf16(HALVES[code] * SCALE[s]);
     }
 #if X86
     __builtin_cpu_init();
@@ -36,6 +36,10 @@ int gptoss_init(void) {
     target static void activation_##name(const void *a, long index, void *scratch) {                         \
         (void)scratch;                                                                                       \
         activation_unit(a, index);                                                                           \
+    }                                                                                                        \
+    target static void pack_##name(const void *f, long index, void *scratch) {                               \
+        (void)scratch;                                                                                       \
+        pack_unit(f, index);                                                                                 \
     }
 
 FOR_TARGET(plain, )
@@ -47,17 +51,17 @@ FOR_TARGET(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma
 typedef void (*unit_fn)(const void *, long, void *);
 
 typedef struct {
-    unit_fn dot, columns, activation;
+    unit_fn dot, columns, activation, pack;
 } Implementation;
 
 static Implementation implementation(int which) {
     switch (which) {
 #if X86
-    case AVX512_BF16: return (Implementation){dot_bf16, columns_bf16, activation_avx512};
-    case AVX512: return (Implementation){dot_avx512, columns_avx512, activation_avx512};
-    case AVX2: return (Implementation){dot_avx2, columns_avx2, activation_avx2};
+    case AVX512_BF16: return (Implementation){dot_bf16, columns_bf16, activation_avx512, pack_avx512};
+    case AVX512: return (Implementation){dot_avx512, columns_avx512, activation_avx512, pack_avx512};
+    case AVX2: return (Implementation){dot_avx2, columns_avx2, activation_avx2, pack_avx2};
 #endif
-    default: return (Implementation){dot_plain, columns_plain, activation_plain};
+    default: return (Implementation){dot_plain, columns_plain, activation_plain, pack_plain};
     }
 }
 
@@ -70,6 +74,29 @@ int gptoss_swiglu(int which, int half, const void *gate_up, const void *d_out, v
                .arguments = &a,
                .num_units = (count + ACTIVATED - 1) / ACTIVATED};
     return run(&team, &job);
+}
+
+/* `num_blocks` blocks of values, bfloat16 (`half`) or float32. Returns 0. */
+int gptoss_unpack(int half, const uint8_t *blocks, const uint8_t *scales, void *to, long num_blocks, fork_join parallel,
+                  int num_threads) {
+    const Team team = {parallel, num_threads};
+    const Formatting f = {.to = to, .blocks = blocks, .scales = scales, .num_blocks = num_blocks, .half = half};
+    Job job = {.unit = unpack_unit, .arguments = &f, .num_units = (num_blocks + FORMATTED - 1) / FORMATTED};
+    return run(&team, &job);
+}
+
+/* The other way. Returns 0, or 1 if a value is not finite. */
+int gptoss_pack(int which, int half, const void *from, uint8_t *blocks, uint8_t *scales, long num_blocks,
+                fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    atomic_int not_finite = 0;
+    const Formatting f = {.from = from, .to_blocks = blocks, .to_scales = scales, .num_blocks = num_blocks, .half = half,
+                          .not_finite = &not_finite};
+    Job job = {.unit = implementation(which).pack,
+               .arguments = &f,
+               .num_units = (num_blocks + FORMATTED - 1) / FORMATTED};
+    const int status = run(&team, &job);
+    return status ? status : atomic_load(&not_finite);
 }
 
 /* The products (see Product) of all experts that have rows, `columns` or dot. `weights` [E, rows, length] are packed if

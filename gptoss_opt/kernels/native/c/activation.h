@@ -34,17 +34,6 @@ INLINE float exponential(float v) {
 
 INLINE float sigmoid(float v) { return v < -87.0f ? 0.0f : 1.0f / (1.0f + exponential(-v)); }
 
-INLINE float load(const void *from, long at, int half) {
-    return half ? from_bf16(((const uint16_t *)from)[at]) : ((const float *)from)[at];
-}
-
-INLINE void store(void *to, long at, int half, float value) {
-    if (half)
-        ((uint16_t *)to)[at] = to_bf16(value);
-    else
-        ((float *)to)[at] = value;
-}
-
 /* (up + 1) * gate * sigmoid(alpha * gate), gate clamped from above and up from both sides. */
 INLINE void activate(const Activation *a, long first, long last, int half) {
     const float alpha = a->alpha, limit = a->limit;

@@ -1,0 +1,116 @@
+"""The native library for CPUs: found, loaded, and the formats it packs and unpacks.
+
+It is plain C (folder c), built when the package is installed if there is a compiler, and loaded on first use. Its
+threads are those of torch's own OpenMP runtime, as many as `torch.get_num_threads()`: a second pool would compete with
+torch's, whose threads go on spinning for a while after each operation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MODULE = "gptoss_opt.kernels.native._native"
+DTYPES = (torch.bfloat16, torch.float32)
+INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16")
+BFLOAT16 = len(INSTRUCTION_SETS) - 1
+
+_P, _INT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
+
+
+class Library(NamedTuple):
+    """The loaded library, the best of `INSTRUCTION_SETS` that this CPU has, and the fork-join of torch's threads."""
+
+    functions: ctypes.CDLL
+    best: int
+    parallel: ctypes.c_void_p | None
+
+
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+    """The reason why the native library cannot serve, or None."""
+    if device_type != "cpu":
+        return f"is for CPUs, and the model is on {device_type}"
+    if dtype not in DTYPES:
+        return f"takes {' and '.join(map(str, DTYPES))}, and the model is in {dtype}"
+    if _path() is None:
+        return "was not built when gptoss_opt was installed: install a C compiler, then gptoss_opt again"
+    return None
+
+
+@cache
+def _path() -> str | None:
+    spec = importlib.util.find_spec(MODULE)
+    return None if spec is None else spec.origin
+
+
+@cache
+def library() -> Library:
+    """The native library, loaded."""
+    path = _path()
+    assert path is not None, "ask why_not() first"
+    functions = ctypes.CDLL(path)
+    functions.gptoss_product.argtypes = [_INT, _INT, *[_P] * 7, *[_LONG] * 3, _P, _INT]
+    functions.gptoss_swiglu.argtypes = [_INT, _INT, _P, _P, _P, _LONG, _DOUBLE, _DOUBLE, _P, _INT]
+    functions.gptoss_unpack.argtypes = [_INT, _P, _P, _P, _LONG, _P, _INT]
+    functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
+    return Library(functions, functions.gptoss_init(), _fork_join())
+
+
+def _fork_join() -> ctypes.c_void_p | None:
+    """`GOMP_parallel` of the OpenMP runtime that torch has loaded; None where it has another, or none."""
+    if sys.platform != "linux":
+        return None
+    maps = Path("/proc/self/maps").read_text()
+    found = sorted(set(re.findall(r"/\S*/lib(?:g|i)?omp[^/\s]*\.so[^/\s]*", maps)))
+    home = str(Path(torch.__file__).parent)
+    for path in sorted(found, key=lambda path: not path.startswith(home)):
+        runtime = ctypes.CDLL(path)
+        if hasattr(runtime, "GOMP_parallel"):
+            return ctypes.cast(runtime.GOMP_parallel, _P)
+    return None
+
+
+def instruction_set() -> str:
+    """The best of `INSTRUCTION_SETS` that this CPU has, and the library uses."""
+    return INSTRUCTION_SETS[library().best]
+
+
+def unpack(blocks: Tensor, scales: Tensor, to: Tensor) -> Tensor:
+    """Fill `to` [..., K], contiguous, bfloat16 or float32, with the values of packed rows."""
+    functions, _, parallel = library()
+    blocks, scales = blocks.contiguous(), scales.contiguous()
+    functions.gptoss_unpack(
+        to.dtype == torch.bfloat16,
+        blocks.data_ptr(),
+        scales.data_ptr(),
+        to.data_ptr(),
+        scales.numel(),
+        parallel,
+        torch.get_num_threads(),
+    )
+    return to
+
+
+def pack(dense: Tensor, blocks: Tensor, scales: Tensor) -> bool:
+    """Fill `blocks` and `scales`, contiguous, with `dense` [..., K], bfloat16 or float32; False if it is not finite."""
+    functions, best, parallel = library()
+    dense = dense.detach().contiguous()
+    status = functions.gptoss_pack(
+        best,
+        dense.dtype == torch.bfloat16,
+        dense.data_ptr(),
+        blocks.data_ptr(),
+        scales.data_ptr(),
+        scales.numel(),
+        parallel,
+        torch.get_num_threads(),
+    )
+    return status == 0
