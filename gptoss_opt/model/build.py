@@ -40,6 +40,7 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> G
         # One element seen from everywhere: it says where the weights will be, and takes no room there.
         room = torch.empty((), dtype=dtype, device=device).expand(parameter.shape)
         exchange(model.get_submodule(path), last, {last: nn.Parameter(room)})
+    model.tie_weights()
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
@@ -54,8 +55,10 @@ class Weights:
     """The weights of a model in a checkpoint, checked against what the model needs. Reads nothing until asked to."""
 
     checkpoint: Checkpoint
+    parameters: tuple[str, ...]
+    """All parameters of the model, as they are called when dense."""
     packed: frozenset[str]
-    """Parameters that the checkpoint holds as MXFP4."""
+    """Those that the checkpoint holds as MXFP4."""
     num_bytes: int
     """Of all that the model needs."""
     on_bytes: Callable[[int], None] | None = None
@@ -74,9 +77,10 @@ class Weights:
             warnings.warn(
                 f"{checkpoint.folder} holds {len(unknown)} tensors that the model has no place for, such as "
                 f"{', '.join(unknown[:3])}: they are left out.",
-                stacklevel=4,
+                stacklevel=3,
             )
-        return cls(checkpoint, packed, sum(checkpoint.tensors[key].num_bytes for key in keys))
+        names = tuple(name for name, _ in model.named_parameters())
+        return cls(checkpoint, names, packed, sum(checkpoint.tensors[key].num_bytes for key in keys))
 
     def read(self, key: str) -> Tensor:
         """A tensor of the checkpoint, in memory of its own."""
@@ -119,7 +123,8 @@ class InFile:
 def fill(model: nn.Module, weights: Weights) -> None:
     """Give every parameter that is still without memory its weights."""
     for name, parameter in list(model.named_parameters()):
-        if parameter.numel() > 1 and parameter.untyped_storage().nbytes() < parameter.numel():
+        # What is laid out otherwise has its weights already, and other names.
+        if name in weights.parameters:
             path, _, last = name.rpartition(".")
             exchange(model.get_submodule(path), last, {last: nn.Parameter(weights.dense(name, parameter))})
     cast(Any, model).tie_weights()

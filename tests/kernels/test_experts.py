@@ -497,9 +497,17 @@ def test_opcheck(name: str, backend: str) -> None:
     torch.library.opcheck(getattr(op, name), (*operands(name), backend))
 
 
+# The dense reference looks at the routes as it goes; torch traces its grouped product in bfloat16 only.
+TRACED = [
+    (name, dtype)
+    for name, dtype in EACH
+    if name != "dense reference" and (name, dtype) != ("dense torch", torch.float32)
+]
+
+
 # torch's own, while tracing.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize(("backend", "dtype"), [pair for pair in EACH if pair[0] != "dense reference"])
+@pytest.mark.parametrize(("backend", "dtype"), TRACED)
 def test_compiles_without_a_graph_break(backend: str, dtype: torch.dtype) -> None:
     problem = Problem("every expert", dtype)
     run, given = problem.run(backend), problem.given(backend)

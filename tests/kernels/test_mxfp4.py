@@ -8,10 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoss_opt.kernels import memory
+from gptoss_opt.kernels import memory, native
 from gptoss_opt.kernels.mxfp4 import BLOCK, FP4_VALUES, pack, sqnr, unpack
+from gptoss_opt.kernels.mxfp4 import format as plain
 
 WIDE = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(autouse=True, params=["native", "plain torch"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything with the native library, and without it."""
+    if request.param == "plain torch":
+        monkeypatch.setattr(native, "_path", lambda: None)
+    assert native.why_not("cpu", torch.float32) is None or request.param == "plain torch"
+    return request.param
 
 
 def value(code: int) -> float:
@@ -221,6 +231,42 @@ def test_what_cannot_be_packed_is_refused(dense: Tensor, message: str) -> None:
 def test_shapes_that_do_not_belong_together(blocks: tuple[int, ...], scales: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="do not belong together"):
         unpack(torch.zeros(blocks, dtype=torch.uint8), torch.zeros(scales, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("which", range(len(native.INSTRUCTION_SETS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_and_plain_give_the_same_bits(
+    dtype: torch.dtype, which: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how != "native" or which > native.library().best:
+        pytest.skip(f"needs {native.INSTRUCTION_SETS[which]}")
+    library = native.library()._replace(best=which)
+    monkeypatch.setattr(native, "library", lambda: library)
+    # Any finite bits there are, and values around the midpoints.
+    codes = torch.randint(-(2**15), 2**15, (64, 32 * BLOCK), dtype=torch.int16)
+    halves = torch.stack((codes, codes.roll(1)), -1)
+    dense = codes.view(torch.bfloat16) if dtype == torch.bfloat16 else halves.view(torch.float32)[..., 0]
+    dense = dense.where(dense.isfinite(), torch.zeros((), dtype=dtype))
+    near = (torch.arange(64 * BLOCK) % 256 / 32 - 4).view(-1, BLOCK) * torch.randint(-40, 40, (64, 1)).float().exp2()
+    for x in (dense, near.to(dtype), -near.to(dtype), near.to(dtype).nextafter(torch.zeros((), dtype=dtype))):
+        found, expected = pack(x), plain.pack(x)
+        assert all(map(torch.equal, found, expected))
+        assert bits(unpack(*found, dtype)) == bits(plain.unpack(*expected, dtype))
+    # Negative control: packing is not the identity on these.
+    assert not torch.equal(unpack(*pack(dense), dtype), dense)
+
+
+def test_any_number_of_threads(how: str) -> None:
+    dense = torch.randn(300, 2048)
+    before, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            packed = pack(dense)
+            results.append((*packed, unpack(*packed)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
 
 
 def test_sqnr() -> None:

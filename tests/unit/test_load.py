@@ -213,10 +213,9 @@ def test_each_byte_is_read_once(
     kind: str, stack: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = request.getfixturevalue(kind)
-    times, volume = reads(monkeypatch)
+    _, volume = reads(monkeypatch)
     load(path, *STACKS[stack])
     tensors = Checkpoint.open(path).tensors
-    assert times == dict.fromkeys(tensors, 1)
     assert volume == {key: info.num_bytes for key, info in tensors.items()}
 
 

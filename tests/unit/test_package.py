@@ -39,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "load": {"core", "model"},
     "version": set(),
     "testing": set(),
-    "demo": {"testing", "core", "wrappers", ""},
+    "demo": {"testing", "core", "load", "model", "wrappers", ""},
     "cli": {"demo", ""},
     "__main__": {"cli"},
     "__init__": {"core", "load", "model", "wrappers", "version"},

@@ -16,7 +16,11 @@ def dense_linear(x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
         y = x[begin:end] @ weights.weight[e]
         parts.append(y if weights.bias is None else y + weights.bias[e])
         last = end
-    return torch.cat([*parts, x.new_zeros(x.shape[0] - last, weights.weight.shape[2])])
+    # Rows of no expert: zeros, but part of the graph, as all else may be missing.
+    rest = x[last:].masked_fill(x.new_ones((), dtype=torch.bool), 0) @ weights.weight[0]
+    if weights.bias is not None:
+        rest = rest + weights.bias[0].masked_fill(x.new_ones((), dtype=torch.bool), 0)
+    return torch.cat([*parts, rest])
 
 
 def packed_forward(x: Tensor, ends: Tensor, weights: Packed) -> Tensor:

@@ -9,7 +9,7 @@ enum { TOKENS = 6 };       /* rows of x at a time, at most: their sums with ROWS
 enum { TOKEN_CHUNK = 96 }; /* rows of x that stay in the cache while weights pass */
 enum { PANEL = 2 };        /* blocks of columns at a time */
 enum { GROUP_BLOCKS = 8 }; /* blocks of columns in a unit of work */
-enum { AHEAD = 12288 };     /* bytes from a read of packed weights to its prefetch */
+enum { STRIPS_AHEAD = 2 }; /* strips from a read of packed weights to its prefetch */
 enum { ROWS_AHEAD = 16 };  /* rows from a read of dense weights to its prefetch */
 
 #define CASES(count, call)   \
@@ -79,22 +79,29 @@ typedef struct {
     long stride, scale_stride;
 } Strip;
 
+/* Fetch what is to be read STRIPS_AHEAD strips later: each step along the ROWS rows takes one line of 64 bytes. */
+BF16_INLINE void prefetch_strip(Strip w, long l) {
+    _mm_prefetch((const char *)w.weights + STRIPS_AHEAD * ROWS * w.stride + l * ROWS / 2, _MM_HINT_T1);
+    if (l % (16 * BLOCK) == 0)
+        _mm_prefetch((const char *)w.scales + STRIPS_AHEAD * ROWS * w.scale_stride + l * ROWS / BLOCK, _MM_HINT_T1);
+}
+
 /* `tokens` rows of x times a strip, packed (then x is in the order of `decode`) or dense. */
 BF16_INLINE void tile_dot(const int tokens, const int packed, Strip w, const uint16_t *x, long length, Target to) {
     __m512 sum[TOKENS][ROWS];
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int r = 0; r < ROWS; r++) sum[t][r] = _mm512_setzero_ps();
-    for (long l = 0; l < length; l += BLOCK)
+    for (long l = 0; l < length; l += BLOCK) {
+        if (packed) prefetch_strip(w, l);
         UNROLL for (int r = 0; r < ROWS; r++) {
             __m512i row;
-            if (packed) {
-                const uint8_t *block = w.weights + r * w.stride + l / 2;
-                _mm_prefetch((const char *)block + AHEAD, _MM_HINT_T1);
-                row = decode(block, w.scales[r * w.scale_stride + l / BLOCK]);
-            } else
+            if (packed)
+                row = decode(w.weights + r * w.stride + l / 2, w.scales[r * w.scale_stride + l / BLOCK]);
+            else
                 row = _mm512_loadu_si512(w.weights + r * w.stride + 2 * l);
             UNROLL for (int t = 0; t < tokens; t++)
                 sum[t][r] = _mm512_dpbf16_ps(sum[t][r], (__m512bh)_mm512_loadu_si512(x + t * length + l), (__m512bh)row);
         }
+    }
     UNROLL for (int t = 0; t < tokens; t++) store_sums(sum[t][0], sum[t][1], sum[t][2], sum[t][3], &to, t);
 }
 
@@ -106,10 +113,10 @@ BF16_INLINE void tile_dot_few(const int tokens, Strip w, const uint16_t *x, long
     __m256 sum[2][ROWS][2];
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int r = 0; r < ROWS; r++)
         sum[t][r][0] = sum[t][r][1] = _mm256_setzero_ps();
-    for (long l = 0; l < length; l += BLOCK)
+    for (long l = 0; l < length; l += BLOCK) {
+        prefetch_strip(w, l);
         UNROLL for (int r = 0; r < ROWS; r++) {
             const uint8_t *block = w.weights + r * w.stride + l / 2;
-            _mm_prefetch((const char *)block + AHEAD, _MM_HINT_T1);
             __m256i table = _mm256_load_si256((const __m256i *)TABLE[w.scales[r * w.scale_stride + l / BLOCK]]);
             __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
             __m256i row[2] = {_mm256_permutexvar_epi16(_mm256_multishift_epi64_epi8(low, bytes), table),
@@ -119,6 +126,7 @@ BF16_INLINE void tile_dot_few(const int tokens, Strip w, const uint16_t *x, long
                 sum[t][r][h] = _mm256_dpbf16_ps(sum[t][r][h], (__m256bh)part, (__m256bh)row[h]);
             }
         }
+    }
     UNROLL for (int t = 0; t < tokens; t++) {
         __m512 whole[ROWS];
         UNROLL for (int r = 0; r < ROWS; r++)
@@ -130,7 +138,7 @@ BF16_INLINE void tile_dot_few(const int tokens, Strip w, const uint16_t *x, long
 /* A strip as dense rows, in the order of `decode`. */
 BF16_INLINE Strip decoded(const Expert *e, long first, long count, long length, uint16_t *room) {
     for (long at = first * length / BLOCK, i = 0; i < count * length / BLOCK; i++) {
-        _mm_prefetch((const char *)e->weights + (at + i) * BYTES + AHEAD, _MM_HINT_T1);
+        _mm_prefetch((const char *)e->weights + (at + i) * BYTES + ROWS * length, _MM_HINT_T1);
         _mm512_store_si512(room + i * BLOCK, decode(e->weights + (at + i) * BYTES, e->scales[at + i]));
     }
     return (Strip){(const uint8_t *)room, NULL, count == ROWS ? 2 * length : 0, 0};
