@@ -148,13 +148,13 @@ def _check(checkpoint: Checkpoint, key: str, shape: tuple[int, ...], kind: str) 
             "its config.json needs it. Download the checkpoint again, or mend its config."
         )
     info = checkpoint.tensors[key]
-    if info.shape != shape:
-        raise CheckpointError(
-            f"{info}: has the shape {list(info.shape)}, and the model of config.json needs {list(shape)}. "
-            "Give the config.json that belongs to these weights."
-        )
     if not (info.dtype == torch.uint8 if kind == "uint8" else info.dtype.is_floating_point):
         raise CheckpointError(
             f"{info}: is {info.dtype}, and should be {kind}. Download it again, or save the model again; a model that "
             "transformers dequantised saves dense weights under the names of packed ones."
+        )
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info}: has the shape {list(info.shape)}, and the model of config.json needs {list(shape)}. "
+            "Give the config.json that belongs to these weights."
         )

@@ -35,7 +35,12 @@ def _product(
 ) -> Tensor:
     """`x` [N, length] times the transposed weights, or with `columns` [N, rows] times the weights, plus the bias."""
     if x.dtype not in DTYPES or x.device.type != "cpu":
-        raise ValueError(f"{why_not(x.device.type, x.dtype)}: wrap the model again where and as it is now.")
+        problem = f"the native library {why_not(x.device.type, x.dtype)}"
+        raise ValueError(f"{problem}: moved or cast after it was wrapped. Undo the wrapper, and wrap the model again.")
+    if weights.values.device.type != "cpu" or (weights.scales is None and weights.values.dtype != x.dtype):
+        raise ValueError(
+            f"the weights are {weights.values.dtype} on {weights.values.device}, and the rows {x.dtype} on cpu."
+        )
     functions, best, parallel = library()
     which = best if which is None else which
     # Only the last of the instruction sets multiplies bfloat16; the others take float32.
