@@ -28,7 +28,7 @@ from gptoss_opt.kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, ExpertsR
 from gptoss_opt.model.experts import KEY, MXFP4, PROJECTIONS
 
 BF16 = torch.bfloat16
-CONFIG = GptOssConfig(num_hidden_layers=1)  # the 20b: hidden = intermediate = 2880, 32 experts, top 4
+CONFIG = GptOssConfig(num_hidden_layers=1, num_local_experts=32)  # the 20b: hidden = intermediate = 2880, top 4
 HIDDEN, NUM_EXPERTS, TOP_K = CONFIG.hidden_size, CONFIG.num_local_experts, CONFIG.num_experts_per_tok
 PEERS = ("eager", "grouped_mm")
 

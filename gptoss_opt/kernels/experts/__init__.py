@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import op
-from .backends import DENSE_BACKENDS, PACKED_BACKENDS, ExpertsRequest, dense_kernel
-from .routes import Routes
+from .backends import DENSE_BACKENDS, PACKED_BACKENDS, ExpertsRequest, dense_kernel, packed_kernel
+from .routes import Routes, needs_operator
 from .weights import Dense, Packed
 
 __all__ = ["DENSE_BACKENDS", "PACKED_BACKENDS", "Dense", "ExpertsRequest", "Packed", "Routes", "experts"]
@@ -47,6 +47,9 @@ def experts(
         >>> experts(x, indices, routing, gate_up, down, alpha=1.702, limit=7.0, backend="torch").shape
         torch.Size([7, 64])
     """
+    kernel = packed_kernel(backend) if isinstance(gate_up, Packed) else dense_kernel(backend)
+    if kernel.whole and not needs_operator(x, routing, *gate_up.trainable, *down.trainable):
+        return kernel.whole(x, indices, routing, gate_up, down, alpha, limit)
     num_experts = (gate_up.weight if isinstance(gate_up, Dense) else gate_up.blocks).shape[0]
     routes = Routes.of(indices, num_experts)
     rows = routes.gather(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..native import why_not as why_not_native
 from . import activation, native, native_dense, reference, torch_grouped, triton_packed
 from .routes import add_bias
-from .weights import Dense, Packed
+from .weights import Dense, Packed, Weights
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,19 @@ class ExpertsRequest:
     sizes: tuple[int, ...] = ()
 
 
+Whole = Callable[[Tensor, Tensor, Tensor, Weights, Weights, float, float], Tensor]
+"""All of `experts` in one call, without gradients."""
+
+
 class PackedKernel(Protocol):
     """The product with packed weights, and the activation, each with its gradient.
 
     Rows `x` [N, in] and `y` [N, out] are sorted by expert, those of expert `e` ending before `ends[e]`, int32 [E].
-    Rows after the last end belong to no expert and give zeros.
+    Rows after the last end belong to no expert and give zeros. `whole` is there if one call can do all of it.
     """
 
+    @property
+    def whole(self) -> Whole | None: ...
     def forward(self, x: Tensor, ends: Tensor, weights: Packed) -> Tensor: ...
     def backward(self, d_y: Tensor, ends: Tensor, weights: Packed) -> Tensor: ...
     def swiglu(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor: ...
@@ -45,6 +52,8 @@ class Triton:
     def why_not(self, request: ExpertsRequest) -> str | None:
         """The reason why it cannot serve, or None."""
         return triton_packed.why_not(request.device_type, request.dtype)
+
+    whole = None
 
     def forward(self, x: Tensor, ends: Tensor, weights: Packed) -> Tensor:
         y = triton_packed.forward(x, ends, weights.blocks, weights.scales)
@@ -70,6 +79,8 @@ class Native:
         """The reason why it cannot serve, or None."""
         return why_not_native(request.device_type, request.dtype)
 
+    whole = staticmethod(native.experts)
+
     def forward(self, x: Tensor, ends: Tensor, weights: Packed) -> Tensor:
         return native.forward(x, ends, weights)
 
@@ -92,6 +103,8 @@ class Reference:
     def why_not(self, request: ExpertsRequest) -> str | None:
         """None: it runs everywhere."""
         return None
+
+    whole = None
 
     def forward(self, x: Tensor, ends: Tensor, weights: Packed) -> Tensor:
         return reference.packed_forward(x, ends, weights)
@@ -122,6 +135,8 @@ class NativeDense:
         """The reason why it cannot serve, or None."""
         return native.why_not_dense(request.device_type, request.dtype, request.sizes)
 
+    whole = staticmethod(native.experts)
+
     def dense(self, x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
         return native_dense.linear(x, ends, weights)
 
@@ -139,6 +154,8 @@ class TorchGrouped:
         """The reason why it cannot serve, or None."""
         return torch_grouped.why_not(request.device_type, request.dtype)
 
+    whole = None
+
     def dense(self, x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
         return torch_grouped.linear(x, ends, weights)
 
@@ -150,8 +167,13 @@ class TorchGrouped:
 
 
 class DenseKernel(Protocol):
-    """The product with dense weights, differentiable, and which packed backend's activation goes with it."""
+    """The product with dense weights, differentiable, and which packed backend's activation goes with it.
 
+    `whole` is there if one call can do all of it.
+    """
+
+    @property
+    def whole(self) -> Whole | None: ...
     def dense(self, x: Tensor, ends: Tensor, weights: Dense) -> Tensor: ...
     def activation(self, gate_up: Tensor) -> str: ...
 

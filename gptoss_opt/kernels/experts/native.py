@@ -8,79 +8,125 @@ import torch
 from torch import Tensor
 
 from ..mxfp4 import BLOCK
-from ..native import BFLOAT16, DTYPES, INSTRUCTION_SETS, instruction_set, library, why_not
-from .weights import Dense, Packed
+from ..native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, instruction_set, library, why_not
+from .weights import Dense, Packed, Weights
 
 
-class Matrices(NamedTuple):
+class Projection(NamedTuple):
     """Weights as the library takes them: `[E, rows, length]`, dense bfloat16, or packed if there are scales."""
 
     values: Tensor
     scales: Tensor | None
+    bias: Tensor | None
     rows: int
     length: int
 
+    @classmethod
+    def of(cls, weights: Weights) -> Projection:
+        """Those of dense or packed weights."""
+        if isinstance(weights, Dense):
+            return cls(weights.weight.contiguous(), None, weights.bias, *weights.weight.shape[1:])
+        _, num_out, num_blocks = weights.scales.shape
+        return cls(weights.blocks.contiguous(), weights.scales.contiguous(), weights.bias, num_out, num_blocks * BLOCK)
 
-def _packed(weights: Packed) -> Matrices:
-    _, num_out, num_blocks = weights.scales.shape
-    return Matrices(weights.blocks.contiguous(), weights.scales.contiguous(), num_out, num_blocks * BLOCK)
+    def matrices(self, dtype: torch.dtype) -> tuple[Matrices, Tensor | None]:
+        """Their addresses, and the bias in `dtype`, which must outlive them."""
+        bias = None if self.bias is None else self.bias.to(dtype).contiguous()
+        tensors = (self.values, self.scales, bias)
+        return Matrices(*(None if t is None else t.data_ptr() for t in tensors), self.rows, self.length), bias
 
 
-def _dense(weights: Dense) -> Matrices:
-    return Matrices(weights.weight.contiguous(), None, *weights.weight.shape[1:])
-
-
-def _product(
-    x: Tensor, ends: Tensor, weights: Matrices, bias: Tensor | None, columns: bool, which: int | None = None
-) -> Tensor:
-    """`x` [N, length] times the transposed weights, or with `columns` [N, rows] times the weights, plus the bias."""
+def _dtype(x: Tensor, *projections: Projection, which: int) -> torch.dtype:
+    """What is multiplied for rows of `x`. Only the last of the instruction sets multiplies bfloat16."""
     if x.dtype not in DTYPES or x.device.type != "cpu":
         problem = f"the native library {why_not(x.device.type, x.dtype)}"
         raise ValueError(f"{problem}: moved or cast after it was wrapped. Undo the wrapper, and wrap the model again.")
-    if weights.values.device.type != "cpu" or (weights.scales is None and weights.values.dtype != x.dtype):
-        raise ValueError(
-            f"the weights are {weights.values.dtype} on {weights.values.device}, and the rows {x.dtype} on cpu."
-        )
+    for weights in projections:
+        values = weights.values
+        if values.device.type != "cpu" or (weights.scales is None and values.dtype != x.dtype):
+            raise ValueError(f"the weights are {values.dtype} on {values.device}, and the rows {x.dtype} on cpu.")
+    return x.dtype if which == BFLOAT16 else torch.float32
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("the native kernel found no memory for its scratch space.")
+
+
+def _product(x: Tensor, ends: Tensor, weights: Projection, columns: bool, which: int | None = None) -> Tensor:
+    """`x` [N, length] times the transposed weights, or with `columns` [N, rows] times the weights, plus the bias."""
     functions, best, parallel = library()
     which = best if which is None else which
-    # Only the last of the instruction sets multiplies bfloat16; the others take float32.
-    half = x.dtype == torch.bfloat16 and which == BFLOAT16
-    which = which if half else min(which, BFLOAT16 - 1)
-    dtype = torch.bfloat16 if half else torch.float32
-    rows = x.to(dtype).contiguous()
-    bias = None if bias is None else bias.to(dtype).contiguous()
+    dtype = _dtype(x, weights, which=which)
+    rows, half = x.to(dtype).contiguous(), dtype == torch.bfloat16
+    matrices, _bias = weights.matrices(dtype)
     y = rows.new_empty(x.shape[0], weights.length if columns else weights.rows)
     y[int(ends[-1]) :] = 0
     room = torch.empty_like(rows) if half and weights.scales is not None and not columns else None
     status = functions.gptoss_product(
-        which,
+        which if half else min(which, BFLOAT16 - 1),
         columns,
         rows.data_ptr(),
         y.data_ptr(),
         ends.contiguous().data_ptr(),
-        weights.values.data_ptr(),
-        None if weights.scales is None else weights.scales.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        matrices,
         None if room is None else room.data_ptr(),
         ends.numel(),
-        weights.rows,
-        weights.length,
         parallel,
         torch.get_num_threads(),
     )
-    if status:
-        raise MemoryError("the native kernel found no memory for its scratch space.")
+    _check(status)
     return y.to(x.dtype)
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    routing: Tensor,
+    gate_up: Weights,
+    down: Weights,
+    alpha: float,
+    limit: float,
+    *,
+    instruction_set: int | None = None,
+) -> Tensor:
+    """The whole layer in one call, without gradients: see `experts` of this package. In bfloat16 or float32."""
+    functions, best, parallel = library()
+    which = best if instruction_set is None else instruction_set
+    both = Projection.of(gate_up), Projection.of(down)
+    dtype = _dtype(x, *both, which=which)
+    rows, indices = x.to(dtype).contiguous(), indices.to(torch.int64).contiguous()
+    # To the dtype of x first: as where gradients are asked for.
+    routing = routing.to(x.dtype).to(torch.float32).contiguous()
+    out = torch.empty_like(rows)
+    (first, _bias), (second, _other) = (projection.matrices(dtype) for projection in both)
+    status = functions.gptoss_experts(
+        which if dtype == torch.bfloat16 else min(which, BFLOAT16 - 1),
+        rows.data_ptr(),
+        indices.data_ptr(),
+        routing.data_ptr(),
+        first,
+        second,
+        out.data_ptr(),
+        *indices.shape,
+        both[0].values.shape[0],
+        alpha,
+        limit,
+        parallel,
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return out.to(x.dtype)
 
 
 def forward(x: Tensor, ends: Tensor, weights: Packed, *, instruction_set: int | None = None) -> Tensor:
     """`x` [N, in] times the weights of each row's expert, plus its bias: [N, out]. Rows of no expert give zero."""
-    return _product(x, ends, _packed(weights), weights.bias, False, instruction_set)
+    return _product(x, ends, Projection.of(weights), False, instruction_set)
 
 
 def backward(d_y: Tensor, ends: Tensor, weights: Packed, *, instruction_set: int | None = None) -> Tensor:
     """The gradient [N, in] for `x` of `d_y` [N, out]."""
-    return _product(d_y, ends, _packed(weights), None, True, instruction_set)
+    return _product(d_y, ends, Projection.of(weights)._replace(bias=None), True, instruction_set)
 
 
 def why_not_dense(device_type: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
@@ -98,12 +144,12 @@ def why_not_dense(device_type: str, dtype: torch.dtype, sizes: tuple[int, ...]) 
 
 def dense_forward(x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
     """`forward` with dense weights."""
-    return _product(x, ends, _dense(weights), weights.bias, True)
+    return _product(x, ends, Projection.of(weights), True)
 
 
 def dense_backward(d_y: Tensor, ends: Tensor, weights: Dense) -> Tensor:
     """`backward` with dense weights."""
-    return _product(d_y, ends, _dense(weights), None, False)
+    return _product(d_y, ends, Projection.of(weights)._replace(bias=None), False)
 
 
 def _activate(gate_up: Tensor, d_out: Tensor | None, to: Tensor, alpha: float, limit: float) -> Tensor:

@@ -21,6 +21,11 @@ class Dense:
     weight: Tensor
     bias: Tensor | None = None
 
+    @property
+    def trainable(self) -> tuple[Tensor | None, ...]:
+        """What may take gradients."""
+        return self.weight, self.bias
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -35,6 +40,11 @@ class Packed:
     blocks: Tensor
     scales: Tensor
     bias: Tensor | None = None
+
+    @property
+    def trainable(self) -> tuple[Tensor | None, ...]:
+        """What may take gradients."""
+        return (self.bias,)
 
     def expert(self, index: int, like: Tensor) -> Tensor:
         """The weights of one expert `[in, out]`, in the dtype of `like`."""

@@ -26,6 +26,12 @@ BFLOAT16 = len(INSTRUCTION_SETS) - 1
 _P, _INT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
 
 
+class Matrices(ctypes.Structure):
+    """The weights of one projection as the library takes them, by their addresses: see native.c."""
+
+    _fields_ = (("weights", _P), ("scales", _P), ("bias", _P), ("rows", _LONG), ("length", _LONG))
+
+
 class Library(NamedTuple):
     """The loaded library, the best of `INSTRUCTION_SETS` that this CPU has, and the fork-join of torch's threads."""
 
@@ -57,7 +63,20 @@ def library() -> Library:
     path = _path()
     assert path is not None, "ask why_not() first"
     functions = ctypes.CDLL(path)
-    functions.gptoss_product.argtypes = [_INT, _INT, *[_P] * 7, *[_LONG] * 3, _P, _INT]
+    weights = ctypes.POINTER(Matrices)
+    functions.gptoss_product.argtypes = [_INT, _INT, *[_P] * 3, weights, _P, _LONG, _P, _INT]
+    functions.gptoss_experts.argtypes = [
+        _INT,
+        *[_P] * 3,
+        weights,
+        weights,
+        _P,
+        *[_LONG] * 3,
+        _DOUBLE,
+        _DOUBLE,
+        _P,
+        _INT,
+    ]
     functions.gptoss_swiglu.argtypes = [_INT, _INT, _P, _P, _P, _LONG, _DOUBLE, _DOUBLE, _P, _INT]
     functions.gptoss_unpack.argtypes = [_INT, _P, _P, _P, _LONG, _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]

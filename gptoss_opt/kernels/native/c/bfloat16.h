@@ -318,18 +318,14 @@ BF16_TARGET static void columns_bf16(const void *arguments, long index, void *sc
 }
 
 /* Rows of x in the order of `decode`. */
-typedef struct {
-    const uint16_t *x;
-    uint16_t *to;
-    long num_rows, length;
-} Ordering;
-
-enum { ORDERED_ROWS = 32 };
-
 BF16_TARGET static void order_rows(const void *arguments, long index, void *scratch) {
     (void)scratch;
-    const Ordering *o = arguments;
-    const long first = index * ORDERED_ROWS, last = first + ORDERED_ROWS < o->num_rows ? first + ORDERED_ROWS : o->num_rows;
-    for (long at = first * o->length; at < last * o->length; at += BLOCK)
-        _mm512_storeu_si512(o->to + at, ordered(o->x + at));
+    const Gathering *g = arguments;
+    const long length = g->length, first = index * GATHERED_ROWS;
+    const long last = first + GATHERED_ROWS < g->num_rows ? first + GATHERED_ROWS : g->num_rows;
+    for (long n = first; n < last; n++) {
+        const uint16_t *x = (const uint16_t *)g->x + row_of(g, n) * length;
+        for (long at = 0; at < length; at += BLOCK)
+            _mm512_storeu_si512((uint16_t *)g->to + n * length + at, ordered(x + at));
+    }
 }

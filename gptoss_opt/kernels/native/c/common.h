@@ -63,3 +63,16 @@ typedef struct {
     long units_each; /* units of work per expert */
     const Expert *experts;
 } Product;
+
+/* Rows of x, by `routes` if there are any: row n is that of token routes[n] / top_k. */
+typedef struct {
+    const void *x;
+    void *to;
+    const long *routes;
+    long top_k, num_rows, length;
+    size_t item; /* bytes of a value */
+} Gathering;
+
+enum { GATHERED_ROWS = 32 };
+
+INLINE long row_of(const Gathering *g, long n) { return g->routes ? g->routes[n] / g->top_k : n; }

@@ -7,6 +7,7 @@
 #include "common.h"
 #include "float32.h"
 #include "format.h"
+#include "routes.h"
 #include "threads.h"
 #if X86
 #include "bfloat16.h"
@@ -40,6 +41,10 @@ int gptoss_init(void) {
     target static void pack_##name(const void *f, long index, void *scratch) {                               \
         (void)scratch;                                                                                       \
         pack_unit(f, index);                                                                                 \
+    }                                                                                                        \
+    target static void combine_##name(const void *c, long index, void *scratch) {                            \
+        (void)scratch;                                                                                       \
+        combine_unit(c, index);                                                                              \
     }
 
 FOR_TARGET(plain, )
@@ -51,18 +56,27 @@ FOR_TARGET(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma
 typedef void (*unit_fn)(const void *, long, void *);
 
 typedef struct {
-    unit_fn dot, columns, activation, pack;
+    unit_fn dot, columns, activation, pack, combine;
 } Implementation;
 
 static Implementation implementation(int which) {
     switch (which) {
 #if X86
-    case AVX512_BF16: return (Implementation){dot_bf16, columns_bf16, activation_avx512, pack_avx512};
-    case AVX512: return (Implementation){dot_avx512, columns_avx512, activation_avx512, pack_avx512};
-    case AVX2: return (Implementation){dot_avx2, columns_avx2, activation_avx2, pack_avx2};
+    case AVX512_BF16:
+        return (Implementation){dot_bf16, columns_bf16, activation_avx512, pack_avx512, combine_avx512};
+    case AVX512: return (Implementation){dot_avx512, columns_avx512, activation_avx512, pack_avx512, combine_avx512};
+    case AVX2: return (Implementation){dot_avx2, columns_avx2, activation_avx2, pack_avx2, combine_avx2};
 #endif
-    default: return (Implementation){dot_plain, columns_plain, activation_plain, pack_plain};
+    default: return (Implementation){dot_plain, columns_plain, activation_plain, pack_plain, combine_plain};
     }
+}
+
+static size_t item_of(int which) { return which == AVX512_BF16 ? 2 : 4; }
+
+/* Work that takes no scratch memory. Returns 0. */
+static int run_units(const Team *team, unit_fn unit, const void *arguments, long num_units) {
+    Job job = {.unit = unit, .arguments = arguments, .num_units = num_units};
+    return run(team, &job);
 }
 
 /* The clamped SwiGLU of `count` pairs in gate_up, or its gradient if d_out is not NULL. Returns 0. */
@@ -70,10 +84,7 @@ int gptoss_swiglu(int which, int half, const void *gate_up, const void *d_out, v
                   double limit, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
     const Activation a = {gate_up, d_out, to, count, half, (float)alpha, (float)limit};
-    Job job = {.unit = implementation(which).activation,
-               .arguments = &a,
-               .num_units = (count + ACTIVATED - 1) / ACTIVATED};
-    return run(&team, &job);
+    return run_units(&team, implementation(which).activation, &a, (count + ACTIVATED - 1) / ACTIVATED);
 }
 
 /* `num_blocks` blocks of values, bfloat16 (`half`) or float32. Returns 0. */
@@ -81,8 +92,7 @@ int gptoss_unpack(int half, const uint8_t *blocks, const uint8_t *scales, void *
                   int num_threads) {
     const Team team = {parallel, num_threads};
     const Formatting f = {.to = to, .blocks = blocks, .scales = scales, .num_blocks = num_blocks, .half = half};
-    Job job = {.unit = unpack_unit, .arguments = &f, .num_units = (num_blocks + FORMATTED - 1) / FORMATTED};
-    return run(&team, &job);
+    return run_units(&team, unpack_unit, &f, (num_blocks + FORMATTED - 1) / FORMATTED);
 }
 
 /* The other way. Returns 0, or 1 if a value is not finite. */
@@ -92,55 +102,112 @@ int gptoss_pack(int which, int half, const void *from, uint8_t *blocks, uint8_t 
     atomic_int not_finite = 0;
     const Formatting f = {.from = from, .to_blocks = blocks, .to_scales = scales, .num_blocks = num_blocks, .half = half,
                           .not_finite = &not_finite};
-    Job job = {.unit = implementation(which).pack,
-               .arguments = &f,
-               .num_units = (num_blocks + FORMATTED - 1) / FORMATTED};
-    const int status = run(&team, &job);
+    const int status = run_units(&team, implementation(which).pack, &f, (num_blocks + FORMATTED - 1) / FORMATTED);
     return status ? status : atomic_load(&not_finite);
 }
 
-/* The products (see Product) of all experts that have rows, `columns` or dot. `weights` [E, rows, length] are packed if
- * there are `scales`, else dense bfloat16, which takes AVX512_BF16; `ends` [E] are the cumulative ends of the experts'
- * rows of x. Rows of y that belong to no expert are not touched. x, y and `bias` [E, .] or NULL are bfloat16 if `which`
- * is AVX512_BF16, else float32. `room` holds a copy of x where a packed dot is in bfloat16. Returns 0, or -1 if there is
- * no memory. */
-int gptoss_product(int which, int columns, const void *x, void *y, const int32_t *ends, const uint8_t *weights,
-                   const uint8_t *scales, const void *bias, void *room, long num_experts, long rows, long length,
-                   fork_join parallel, int num_threads) {
-    const Team team = {parallel, num_threads};
-    const size_t item = which == AVX512_BF16 ? 2 : 4, values = (size_t)rows * length;
+/* The weights of one projection: [E, rows, length], packed if there are scales, else dense bfloat16, which takes
+ * AVX512_BF16. */
+typedef struct {
+    const uint8_t *weights, *scales;
+    const void *bias; /* [E, .], as the product gives it, or NULL */
+    long rows, length;
+} Matrices;
+
+/* Whether a product takes its rows of x in the order of `decode`. */
+static int takes_order(int which, int columns, const Matrices *m) { return which == AVX512_BF16 && !columns && m->scales; }
+
+/* The products (see Product) of all experts that have rows, `columns` or dot. */
+static int product(const Team *team, int which, int columns, const void *x, void *y, const int32_t *ends,
+                   const Matrices *m, long num_experts) {
+    const size_t item = item_of(which), values = (size_t)m->rows * m->length;
+    const long out = columns ? m->length : m->rows;
     Expert *experts = malloc((size_t)(num_experts ? num_experts : 1) * sizeof *experts);
     if (!experts) return -1;
     long active = 0;
     for (long e = 0, begin = 0; e < num_experts; begin = ends[e++])
         if (ends[e] > begin)
-            experts[active++] = (Expert){begin, ends[e], weights + e * (scales ? values / 2 : values * 2),
-                                         scales ? scales + e * values / BLOCK : NULL,
-                                         bias ? (const char *)bias + e * (columns ? length : rows) * item : NULL};
-    int status = 0;
+            experts[active++] = (Expert){begin, ends[e], m->weights + e * (m->scales ? values / 2 : values * 2),
+                                         m->scales ? m->scales + e * values / BLOCK : NULL,
+                                         m->bias ? (const char *)m->bias + e * out * item : NULL};
     long unit = columns ? 1 : GROUP_ROWS, panel = 1;
 #if X86
     if (which == AVX512_BF16) {
         unit = columns ? GROUP_BLOCKS : GROUP_ROWS;
         panel = PANEL;
-        if (!columns && scales && active) {
-            const Ordering o = {x, room, ends[num_experts - 1], length};
-            Job job = {.unit = order_rows,
-                       .arguments = &o,
-                       .num_units = (o.num_rows + ORDERED_ROWS - 1) / ORDERED_ROWS};
-            status = run(&team, &job);
-            x = room;
-        }
     }
-#else
-    (void)room;
 #endif
-    const Product p = {x, y, rows, length, ((columns ? length / BLOCK : rows) + unit - 1) / unit, experts};
+    const Product p = {x, y, m->rows, m->length, ((columns ? m->length / BLOCK : m->rows) + unit - 1) / unit, experts};
     Job job = {.unit = columns ? implementation(which).columns : implementation(which).dot,
                .arguments = &p,
                .num_units = active * p.units_each,
-               .scratch_bytes = (columns ? (size_t)(rows + 1) * panel * BLOCK : (size_t)ROWS * length) * item};
-    if (!status) status = run(&team, &job);
+               .scratch_bytes = (columns ? (size_t)(m->rows + 1) * panel * BLOCK : (size_t)ROWS * m->length) * item};
+    const int status = run(team, &job);
     free(experts);
+    return status;
+}
+
+static int gather(const Team *team, int ordered_too, const Gathering *g) {
+    unit_fn unit = gather_rows;
+#if X86
+    if (ordered_too) unit = order_rows;
+#else
+    (void)ordered_too;
+#endif
+    return run_units(team, unit, g, (g->num_rows + GATHERED_ROWS - 1) / GATHERED_ROWS);
+}
+
+/* One product. `ends` [E] are the cumulative ends of the experts' rows of x; rows of y that belong to no expert are not
+ * touched. x, y and bias are bfloat16 if `which` is AVX512_BF16, else float32. `room` holds a copy of x where one in
+ * another order is needed. Returns 0, or -1 if there is no memory. */
+int gptoss_product(int which, int columns, const void *x, void *y, const int32_t *ends, const Matrices *weights,
+                   void *room, long num_experts, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    if (takes_order(which, columns, weights) && num_experts) {
+        const Gathering g = {.x = x, .to = room, .num_rows = ends[num_experts - 1], .length = weights->length, .item = 2};
+        if (gather(&team, 1, &g)) return -1;
+        x = room;
+    }
+    return product(&team, which, columns, x, y, ends, weights, num_experts);
+}
+
+/* A whole layer, forward: x [T, H] to out [T, H] by the experts `indices` [T, K], weighted by `routing` [T, K].
+ * Dtypes are as in gptoss_product. Returns 0, or -1 if there is no memory. */
+int gptoss_experts(int which, const void *x, const int64_t *indices, const float *routing, const Matrices *gate_up,
+                   const Matrices *down, void *out, long num_tokens, long top_k, long num_experts, double alpha,
+                   double limit, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    const int columns = !gate_up->scales, half = which == AVX512_BF16;
+    const long num_routes = num_tokens * top_k, hidden = columns ? gate_up->rows : gate_up->length;
+    const long inner = columns ? down->rows : down->length;
+    const size_t item = item_of(which), line = 64;
+    /* The rows of x, then what is activated in order; gate and up, then what the experts give; what is activated. */
+    const size_t first = (size_t)num_routes * (hidden > inner ? hidden : inner) * item;
+    const size_t second = (size_t)num_routes * (hidden > 2 * inner ? hidden : 2 * inner) * item;
+    const size_t third = (size_t)num_routes * inner * item;
+    const size_t integers = 2 * (size_t)num_routes * sizeof(long) + (size_t)num_experts * sizeof(int32_t);
+    char *rows = aligned_alloc(line, (first + second + third + integers + line) / line * line);
+    if (!rows) return -1;
+    char *pairs = rows + first, *activated = pairs + second;
+    long *order = (long *)(activated + third), *inverse = order + num_routes;
+    const Routes routes = {num_tokens, top_k, num_experts, order, inverse, (int32_t *)(inverse + num_routes)};
+    sort_routes(&routes, indices);
+    const long used = num_experts ? routes.ends[num_experts - 1] : 0;
+    const int in_order = takes_order(which, columns, gate_up);
+
+    const Gathering g = {x, rows, order, top_k, used, hidden, item};
+    int status = gather(&team, in_order, &g);
+    if (!status) status = product(&team, which, columns, rows, pairs, routes.ends, gate_up, num_experts);
+    if (!status)
+        status = gptoss_swiglu(which, half, pairs, NULL, activated, used * inner, alpha, limit, parallel, num_threads);
+    if (!status && in_order) {
+        const Gathering h = {.x = activated, .to = rows, .num_rows = used, .length = inner, .item = item};
+        status = gather(&team, 1, &h);
+    }
+    if (!status)
+        status = product(&team, which, columns, in_order ? rows : activated, pairs, routes.ends, down, num_experts);
+    const Combining c = {&routes, pairs, routing, out, hidden, half};
+    if (!status) status = run_units(&team, implementation(which).combine, &c, num_tokens);
+    free(rows);
     return status;
 }
