@@ -283,7 +283,8 @@ def test_same_bits_on_any_number_of_threads(threads: Callable[[int], None], alon
         results = []
         for number in (1, 2, 3):
             threads(number)
-            results.append(differentiate(problem.run(backend), problem.given(backend)[:4], problem.d_out))
+            gradients = differentiate(problem.run(backend), problem.given(backend)[:4], problem.d_out)
+            results.append([*gradients, problem.run(backend)(*problem.inputs)])
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))
     # The activation is cut into units too, of 4096 pairs.
@@ -347,6 +348,36 @@ def test_native_product(dtype: torch.dtype, which: int) -> None:
                 assert y.shape == exact.shape
                 assert relative(y, exact) < tolerance, (num_out, num_blocks, counts, with_bias, backward)
                 assert not y[-2:].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("which", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_whole_layer_in_one_native_call(dtype: torch.dtype, which: int, shape: str) -> None:
+    needs(which)
+    problem = Problem(shape, dtype)
+    problem.indices[::3, 0] = -1
+    problem.indices[1::3, -1] = SHAPES[shape][0]
+    weights = [replace(p, bias=bias) for p, bias in zip(problem.packed, problem.inputs[2:4], strict=True)]
+
+    def whole(*weights: Dense | Packed, indices: Tensor = problem.indices, limit: float = 1.0) -> Tensor:
+        args = (*problem.inputs[:1], indices, problem.inputs[1], *weights, ALPHA, limit)
+        return native.experts(*args, instruction_set=which)
+
+    exact, given = problem.truth(1.0)[0], problem.inputs[2:4]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    found = [whole(*weights)]
+    if dtype == torch.bfloat16 and which == native.BFLOAT16:
+        found.append(whole(*(Dense(weight, bias) for weight, bias in zip(problem.inputs[4:], given, strict=True))))
+    for out in found:
+        assert (out.dtype, out.shape) == (dtype, exact.shape)
+        assert relative(out, exact) < tolerance
+        assert torch.equal(out.abs().sum(-1) == 0, exact.abs().sum(-1) == 0)
+    if shape == "a hundred tokens":
+        # Negative controls: the limit, the biases and the routes count.
+        assert relative(whole(*weights, limit=LIMIT), exact) > tolerance
+        assert relative(whole(*problem.packed), exact) > tolerance
+        assert relative(whole(*weights, indices=problem.indices.flip(0)), exact) > tolerance
 
 
 @pytest.mark.parametrize("which", [*SETS, None])

@@ -9,6 +9,9 @@
 #include "format.h"
 #include "routes.h"
 #include "threads.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if X86
 #include "bfloat16.h"
 #endif
@@ -52,6 +55,8 @@ FOR_TARGET(plain, )
 FOR_TARGET(avx2, __attribute__((target("avx2,fma"))))
 FOR_TARGET(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))))
 #endif
+
+enum { HUGE = 1 << 21 }; /* bytes of a huge page */
 
 typedef void (*unit_fn)(const void *, long, void *);
 
@@ -171,6 +176,16 @@ int gptoss_product(int which, int columns, const void *x, void *y, const int32_t
     return product(&team, which, columns, x, y, ends, weights, num_experts);
 }
 
+/* Memory of at least `bytes` bytes, in whole lines; on huge pages where they are worth it and Linux gives them. */
+static void *room_for(size_t bytes) {
+    const size_t page = bytes < HUGE ? 64 : HUGE, whole = (bytes + page) / page * page;
+    void *room = aligned_alloc(page, whole);
+#if defined(MADV_HUGEPAGE)
+    if (room && page == HUGE) madvise(room, whole, MADV_HUGEPAGE);
+#endif
+    return room;
+}
+
 /* A whole layer, forward: x [T, H] to out [T, H] by the experts `indices` [T, K], weighted by `routing` [T, K].
  * Dtypes are as in gptoss_product. Returns 0, or -1 if there is no memory. */
 int gptoss_experts(int which, const void *x, const int64_t *indices, const float *routing, const Matrices *gate_up,
@@ -180,13 +195,13 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
     const int columns = !gate_up->scales, half = which == AVX512_BF16;
     const long num_routes = num_tokens * top_k, hidden = columns ? gate_up->rows : gate_up->length;
     const long inner = columns ? down->rows : down->length;
-    const size_t item = item_of(which), line = 64;
+    const size_t item = item_of(which);
     /* The rows of x, then what is activated in order; gate and up, then what the experts give; what is activated. */
     const size_t first = (size_t)num_routes * (hidden > inner ? hidden : inner) * item;
     const size_t second = (size_t)num_routes * (hidden > 2 * inner ? hidden : 2 * inner) * item;
     const size_t third = (size_t)num_routes * inner * item;
     const size_t integers = 2 * (size_t)num_routes * sizeof(long) + (size_t)num_experts * sizeof(int32_t);
-    char *rows = aligned_alloc(line, (first + second + third + integers + line) / line * line);
+    char *rows = room_for(first + second + third + integers);
     if (!rows) return -1;
     char *pairs = rows + first, *activated = pairs + second;
     long *order = (long *)(activated + third), *inverse = order + num_routes;
