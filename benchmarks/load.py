@@ -3,17 +3,20 @@
     python -m benchmarks.load [--layers N] [--repeats N] [--full]
 
 Writes a random checkpoint of the released shapes, loads it in processes of their own, and reads its files as plainly as
-can be beside that. `--full` takes all 24 layers (14 GB of disk) and generates with them as well.
+can be beside that: from the system's cache, and from the disk. `--full` takes all 24 layers (14 GB of disk) and
+generates with them as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +28,27 @@ from gptoss_opt import load, with_flash_attention, with_mxfp4_experts
 from gptoss_opt.testing import SIZES, random_checkpoint
 
 MEMORY_RATIO, TIME_RATIO = 1.15, 1.0
-BUFFER = 64 << 20
+CACHED = (True, False)
 PROMPT, NEW_TOKENS = 64, 64
 
 
-def read_twice(folder: Path) -> None:
-    """Read all weights of a checkpoint twice, into one buffer."""
-    buffer = memoryview(bytearray(BUFFER))
-    for file in sorted(folder.glob("*.safetensors")) * 2:
-        with open(file, "rb", buffering=0) as source:
-            while source.readinto(buffer):
-                pass
+def read(folder: Path) -> None:
+    """Read all weights of a checkpoint into memory, file by file, in the plainest way."""
+    for file in sorted(folder.glob("*.safetensors")):
+        file.read_bytes()
+
+
+def out_of_cache(folder: Path) -> None:
+    """Make the system forget what it holds of a checkpoint (Linux)."""
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as source:
+            os.fsync(source.fileno())
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def touch(num_bytes: int) -> None:
+    """Use memory once. Machines may be virtual: what the host has yet to provide comes many times slower."""
+    torch.empty(num_bytes, dtype=torch.uint8).fill_(1)
 
 
 def ours(folder: Path) -> GptOssForCausalLM:
@@ -90,27 +103,35 @@ def _resident(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
-def apart(how: Callable[[Path], GptOssForCausalLM], folder: Path, threads: int, generate: bool = False) -> Any:
-    """`measured` in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measured, (how, folder, threads, generate))
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
-def loading_point(folder: Path, layers: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Loading beside reading, in turn; the file is in the system's cache for both."""
-    found, reading = [], []
-    for turn in range(repeats + 1):
+def loading_point(folder: Path, layers: int, repeats: int, threads: int, cached: bool) -> dict[str, Any]:
+    """Loading beside reading, in turn."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+    prepare = read if cached else out_of_cache
+
+    def timed_read() -> float:
+        apart(touch, size * 5 // 4)
+        prepare(folder)
         begin = time.perf_counter()
-        read_twice(folder)
-        taken = time.perf_counter() - begin
-        loaded = apart(ours, folder, threads)
-        if turn:
-            reading.append(taken)
-            found.append(loaded)
-    peer = apart(transformers, folder, threads)
+        read(folder)
+        return time.perf_counter() - begin
+
+    found, reading = [], []
+    for _ in range(repeats):
+        reading.append(timed_read() + timed_read())
+        apart(touch, size * 5 // 4)
+        prepare(folder)
+        found.append(apart(measured, ours, folder, threads, False))
+    peer = apart(measured, transformers, folder, threads, False)
     size = found[0]["model bytes"]
     return {
-        "case": f"load, 20b shape, {layers} layers",
+        "case": f"load, 20b shape, {layers} layers, from the {'cache' if cached else 'disk'}",
         "seconds": {
             "ours": round(statistics.median(one["seconds"] for one in found), 2),
             "reading the file twice": round(statistics.median(reading), 2),
@@ -127,7 +148,7 @@ def loading_point(folder: Path, layers: int, repeats: int, threads: int) -> dict
 
 def full_point(folder: Path, threads: int) -> dict[str, Any]:
     """The whole model, loaded and generating."""
-    found = apart(ours, folder, threads, generate=True)
+    found = apart(measured, ours, folder, threads, True)
     return {
         "case": f"load and generate, 20b shape, {SIZES['20b'].layers} layers",
         "prompt": PROMPT,
@@ -174,7 +195,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = random_checkpoint(Path(temporary) / "some", "20b", layers=options.layers, progress=True)
-        points = [loading_point(folder, options.layers, options.repeats, options.threads)]
+        points = [loading_point(folder, options.layers, options.repeats, options.threads, cached) for cached in CACHED]
         if options.full:
             folder = random_checkpoint(Path(temporary) / "all", "20b", progress=True)
             points.append(full_point(folder, options.threads))

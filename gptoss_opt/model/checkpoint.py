@@ -87,7 +87,8 @@ class Checkpoint:
             key: its name in the checkpoint.
             index: a slice with a step of one for each of the first dimensions; the others are whole.
             out: read into this contiguous cpu tensor, of the shape and dtype of the slice.
-            on_bytes: called with the number of bytes whenever some have been read, at most 64 MiB.
+            on_bytes: called, in the caller's thread, with the number of bytes whenever some have been read, at most 16
+                MiB.
 
         Raises:
             CheckpointError: there is no such key, or the file has been moved or cut since it was opened.

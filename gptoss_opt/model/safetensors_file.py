@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,8 +53,11 @@ SMALL = 2**16
 SCRATCH = 2**22
 """Bytes read at once where small runs are copied out of what surrounds them; at least `2 * SMALL`."""
 
-MAX_READ = 2**26
-"""Bytes asked of the system at once: its own limit is below 2 GiB, and progress is told after each."""
+MAX_READ = 2**24
+"""Bytes asked of the system at once, by one thread. Progress is told after each."""
+
+READERS = 4
+"""Threads that read one tensor: one alone keeps neither the memory nor a disk busy."""
 
 DAMAGED = "The file is damaged or incomplete: download or copy it again."
 
@@ -277,15 +281,32 @@ class _Source:
                 target[first - start :][:num] = self.scratch[: num * row].view(num, *row_shape)[part]
 
     def fill(self, offset: int, target: Tensor) -> None:
-        """Read the bytes at `offset` into contiguous memory."""
+        """Read the bytes at `offset` into contiguous memory; many of them by several threads."""
+        if target.numel() <= MAX_READ:
+            self.tell(self.fill_part(self.stream, offset, target))
+            return
+        starts = range(0, target.numel(), MAX_READ)
+        parts = (target[start : start + MAX_READ] for start in starts)
+        with ThreadPoolExecutor(READERS) as readers:
+            for count in readers.map(self.fill_apart, (offset + start for start in starts), parts):
+                self.tell(count)
+
+    def tell(self, count: int) -> None:
+        if self.on_bytes is not None:
+            self.on_bytes(count)
+
+    def fill_apart(self, offset: int, target: Tensor) -> int:
+        with as_checkpoint_errors(self.info), FileIO(self.info.file) as stream:
+            return self.fill_part(stream, offset, target)
+
+    def fill_part(self, stream: FileIO, offset: int, target: Tensor) -> int:
         left: memoryview = target.numpy().data
-        self.stream.seek(offset)
-        while left:
-            with as_checkpoint_errors(self.info):
-                count = self.stream.readinto(left[:MAX_READ])
-            if not count:
-                problem = f"truncated while reading: {len(left)} bytes are missing, which were there when it was opened"
-                raise CheckpointError(f"{self.info}: {problem}. Leave the file alone meanwhile, and open it again.")
-            left = left[count:]
-            if self.on_bytes is not None:
-                self.on_bytes(count)
+        with as_checkpoint_errors(self.info):
+            stream.seek(offset)
+            while left:
+                count = stream.readinto(left)
+                if not count:
+                    problem = f"truncated while reading: {len(left)} bytes are missing, which were there when opened"
+                    raise CheckpointError(f"{self.info}: {problem}. Leave the file alone meanwhile, and open it again.")
+                left = left[count:]
+        return target.numel()

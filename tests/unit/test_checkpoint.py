@@ -284,12 +284,25 @@ def test_long_and_short_reads(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     checkpoint, expected = Checkpoint.open(tiny), everything(tiny)
     key, columns = "model.layers.0.self_attn.o_proj.weight", (slice(None), slice(16, 32))
-    for name, value, most in (("MAX_READ", 7, 7), ("FileIO", Stuttering, 5)):
+    # What one thread reads at once, far below what a tensor has, and a system that gives less than it is asked for.
+    for name, value in (("MAX_READ", 1000), ("FileIO", Stuttering)):
         monkeypatch.setattr(safetensors_file, name, value)
         counts: list[int] = []
         assert same(checkpoint.read(key, on_bytes=counts.append), expected[key])
         assert same(checkpoint.read(key, columns), expected[key][columns])
-        assert (max(counts), sum(counts)) == (most, expected[key].nbytes)
+        assert (max(counts), sum(counts)) == (1000, expected[key].nbytes)
+
+
+def test_a_file_that_is_cut_while_several_threads_read_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(shutil.copytree(tiny, tmp_path / "mine"))
+    key = "model.layers.0.self_attn.o_proj.weight"
+    info = checkpoint.tensors[key]
+    monkeypatch.setattr(safetensors_file, "MAX_READ", 1000)
+    os.truncate(info.file, info.offset + 5500)
+    with pytest.raises(CheckpointError, match=re.escape(f"{info}: truncated while reading: 500 bytes are missing")):
+        checkpoint.read(key)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
