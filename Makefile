@@ -1,47 +1,52 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-# Environments are built from pinned sets, and rebuilt when those change.
+# Environments are built from pinned sets, and rebuilt when those change; the native library when its source does.
 
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
+NATIVE := setup.py $(wildcard gptoss_opt/kernels/native/c/*)
 # Tiny models run many times faster on one thread each than on threads that wait for each other.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: demo test check lint types test-oldest bench clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.built
 	$(RUN) -m gptoss_opt demo
 
-test: $(VENV)/.ready
+test: $(VENV)/.built
 	$(TEST) $(RUN) -m pytest -n 2
 
 check: lint types test
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.built
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-types: $(VENV)/.ready
+types: $(VENV)/.built
 	$(RUN) -m mypy
 
-test-oldest: $(OLDEST)/.ready
+test-oldest: $(OLDEST)/.built
 	$(TEST) $(OLDEST)/bin/python -m pytest -n 2
 
-bench: $(VENV)/.ready
+bench: $(VENV)/.built
 	$(RUN) -m benchmarks.attention
+	$(RUN) -m benchmarks.experts
+	$(RUN) -m benchmarks.load
 
 clean:
 	rm -rf $(VENV) $(OLDEST)
 
-$(VENV)/.ready: requirements/dev.txt pyproject.toml
+$(VENV)/.ready: requirements/dev.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements/dev.txt
-	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-$(OLDEST)/.ready: requirements/oldest.txt pyproject.toml
+$(OLDEST)/.ready: requirements/oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --requirement requirements/oldest.txt
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+%/.built: %/.ready pyproject.toml $(NATIVE)
+	$*/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

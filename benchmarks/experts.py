@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from benchmarks.harness import alternate, device, gemm_rate, median_ratio, record, table, threads
+from benchmarks.harness import alternate, device, gemm_rate, median_ratio, read_rate, record, table, threads
 from gptoss_opt.core.edit import exchange
 from gptoss_opt.kernels import memory
 from gptoss_opt.kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, ExpertsRequest
@@ -182,12 +182,6 @@ def memory_point(modules: dict[str, GptOssExperts]) -> dict[str, Any]:
         "ratio": {"packed": round(packed / dense, 4)},
         "asked": {"packed": MEMORY_RATIO},
     }
-
-
-def read_rate() -> float:
-    """How fast this machine reads memory, bytes/s: the sum of a gigabyte on huge pages."""
-    room = memory.empty((2**27,), torch.int64, device()).zero_()
-    return room.numel() * 8 / min(alternate({"read": room.sum}, 5)["read"])
 
 
 def show(points: list[dict[str, Any]]) -> str:

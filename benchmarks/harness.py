@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import gptoss_opt
+from gptoss_opt.kernels import memory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -100,6 +101,12 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
     a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
     times = alternate({"gemm": lambda: a @ b}, 9)["gemm"]
     return 2 * size**3 / statistics.median(times)
+
+
+def read_rate() -> float:
+    """How fast this machine reads memory, bytes/s: the sum of a gigabyte on huge pages."""
+    room = memory.empty((2**27,), torch.int64, device()).zero_()
+    return room.numel() * 8 / min(alternate({"read": room.sum}, 5)["read"])
 
 
 def peak_memory(setup: Callable[..., Callable[[], object]], *args: Any) -> int:

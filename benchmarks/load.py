@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from transformers import GptOssForCausalLM
 
-from benchmarks.harness import device, record, table
+from benchmarks.harness import device, read_rate, record, table
 from gptoss_opt import load, with_flash_attention, with_mxfp4_experts
+from gptoss_opt.kernels import memory
+from gptoss_opt.model.experts import PROJECTIONS
 from gptoss_opt.testing import SIZES, random_checkpoint
 
 MEMORY_RATIO, TIME_RATIO = 1.15, 1.0
@@ -47,8 +49,8 @@ def out_of_cache(folder: Path) -> None:
 
 
 def touch(num_bytes: int) -> None:
-    """Use memory once. Machines may be virtual: what the host has yet to provide comes many times slower."""
-    torch.empty(num_bytes, dtype=torch.uint8).fill_(1)
+    """Use memory once, in huge pages: what a virtual machine's host has yet to give comes many times slower."""
+    memory.empty((num_bytes,), torch.uint8).fill_(1)
 
 
 def ours(folder: Path) -> GptOssForCausalLM:
@@ -58,7 +60,7 @@ def ours(folder: Path) -> GptOssForCausalLM:
 
 def transformers(folder: Path) -> GptOssForCausalLM:
     """The model as transformers loads it: dequantised."""
-    return GptOssForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return GptOssForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device())
 
 
 def measured(how: Callable[[Path], GptOssForCausalLM], folder: Path, threads: int, generate: bool) -> dict[str, float]:
@@ -94,8 +96,20 @@ def _generation(model: GptOssForCausalLM, tokens: torch.Tensor) -> dict[str, flo
     return {
         "prefill tokens/s": PROMPT / one,
         "decode tokens/s": NEW_TOKENS / rest,
+        "decode bytes/s": _bytes_per_token(model) * NEW_TOKENS / rest,
         "peak bytes of the process": float(_resident("VmHWM")),
     }
+
+
+def _bytes_per_token(model: GptOssForCausalLM) -> float:
+    """Bytes of weights read for one token: all but the embedding, and of the experts those that are routed to."""
+    experts = {f"{projection}{suffix}" for projection in PROJECTIONS for suffix in ("", "_blocks", "_scales")}
+    routed = model.config.num_experts_per_tok / model.config.num_local_experts
+    return sum(
+        parameter.numel() * parameter.element_size() * (routed if name.split(".")[-1] in experts else 1)
+        for name, parameter in model.named_parameters()
+        if "embed_tokens" not in name
+    )
 
 
 def _resident(field: str) -> int:
@@ -147,14 +161,17 @@ def loading_point(folder: Path, layers: int, repeats: int, threads: int, cached:
 
 
 def full_point(folder: Path, threads: int) -> dict[str, Any]:
-    """The whole model, loaded and generating."""
+    """The whole model, loaded and generating; on a GPU also as transformers has it, which takes 42 GB."""
     found = apart(measured, ours, folder, threads, True)
+    peer = apart(measured, transformers, folder, threads, True) if device().type == "cuda" else {}
     return {
         "case": f"load and generate, 20b shape, {SIZES['20b'].layers} layers",
         "prompt": PROMPT,
         "new tokens": NEW_TOKENS,
         **{name: round(value, 2) for name, value in found.items()},
         "memory ratio": round(found["peak bytes"] / found["model bytes"], 3),
+        "share of read rate": round(found["decode bytes/s"] / read_rate(), 3),
+        "peer": {name: round(value, 2) for name, value in peer.items()},
     }
 
 
