@@ -34,6 +34,7 @@ PUBLIC = {
 LAYERS: dict[str, set[str]] = {
     "core": set(),
     "kernels": set(),
+    "distributed": set(),
     "model": {"core", "kernels"},
     "wrappers": {"core", "kernels", "model"},
     "load": {"core", "model"},

@@ -1,0 +1,79 @@
+"""Collectives that autograd sees through.
+
+In tensor parallelism each rank computes its own part of one result from the same input. Forward, the parts of the
+result are summed; backward, the parts of the input's gradient are (Shoeybi et al. 2019, Megatron-LM, section 3, where
+these two are called g and f).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+
+class _AllReduceOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        y = x.contiguous().clone()
+        distributed.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
+class _AllReduceGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = grads[0].contiguous().clone()
+        distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        y = x.new_empty(sum(received), *x.shape[1:])
+        distributed.all_to_all_single(y, x.contiguous(), received, sent, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = _AllToAll.apply(grads[0], ctx.received, ctx.sent, ctx.group)
+        return cast(Tensor, gradient), None, None, None
+
+
+def all_reduce_output(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of every rank's `x`, the same on all; its gradient goes to each rank's `x` as it is."""
+    return cast(Tensor, _AllReduceOutput.apply(x, group))
+
+
+def all_reduce_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
+    """`x`, which is the same on all ranks; its gradient is the sum of every rank's."""
+    return cast(Tensor, _AllReduceGradient.apply(x, group))
+
+
+def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Rows of `x` [sum(sent), ...] to the ranks of a group, and theirs from them; gradients go the other way.
+
+    Args:
+        x: rows for rank 0 first, then for rank 1, and so on.
+        sent: how many rows go to each rank.
+        received: how many come from each, as the others' `sent` have it.
+        group: of `len(sent)` ranks.
+
+    Returns:
+        `[sum(received), ...]`, those of rank 0 first.
+    """
+    return cast(Tensor, _AllToAll.apply(x, list(sent), list(received), group))
