@@ -1,10 +1,11 @@
 """Wrappers, stacks, the journal and their errors. Knows torch.nn, and nothing of Hugging Face."""
 
 from .backend import Backend, Choice, check_name, choose
-from .edit import Journal, Relayout
+from .edit import Journal
 from .errors import BackendError, CompatibilityError, IrreversibleError
 from .explain import Explanation, explain
-from .layout import STORAGES, Layout, Sliced, Source, Storage, Stored
+from .layout import STORAGES, Held, Layout, Sliced, Source, Storage, Stored
+from .record import held_by
 from .stack import Stack, compose, resolve, stack_of, undo
 from .wrapper import WRAPPERS, Host, Phase, Report, Wrapper
 
@@ -16,12 +17,12 @@ __all__ = [
     "Choice",
     "CompatibilityError",
     "Explanation",
+    "Held",
     "Host",
     "IrreversibleError",
     "Journal",
     "Layout",
     "Phase",
-    "Relayout",
     "Report",
     "Sliced",
     "Source",
@@ -33,6 +34,7 @@ __all__ = [
     "choose",
     "compose",
     "explain",
+    "held_by",
     "resolve",
     "stack_of",
     "undo",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import reduce
@@ -78,59 +78,7 @@ class AddPreHook:
         module._forward_pre_hooks_with_kwargs.pop(self.hook_id, None)
 
 
-def exchange(module: nn.Module, name: str, new: Mapping[str, nn.Parameter], *more: str) -> None:
-    """Put parameters `new` in the place of `name` (and `more`) of a module, where the order of parameters has them."""
-    parameters = [
-        pair
-        for key, value in module._parameters.items()
-        for pair in (new.items() if key == name else () if key in more else ((key, value),))
-    ]
-    module._parameters.clear()
-    module._parameters.update(parameters)
-
-
-@dataclass
-class Relayout:
-    """The dense parameter `path.name` went into a storage.
-
-    Attributes:
-        sqnr: how exactly, as signal-to-quantisation-noise ratio in dB.
-        requires_grad: whether the dense parameter took gradients.
-        dense: the parameter itself, until the change is settled: till then it can be put back bit for bit.
-    """
-
-    path: str
-    name: str
-    storage: str
-    sqnr: float
-    requires_grad: bool
-    dense: nn.Parameter | None
-
-    def intact(self, model: nn.Module) -> bool:
-        """Whether the parameter is still stored so."""
-        return self.name not in resolve_path(model, self.path)._parameters
-
-    def settle(self) -> None:
-        """Let go of the dense parameter."""
-        self.dense = None
-
-    def undo(self, model: nn.Module) -> None:
-        from .layout import STORAGES
-
-        module, storage = resolve_path(model, self.path), STORAGES[self.storage]
-        names = [f"{self.name}{suffix}" for suffix in storage.suffixes]
-        if not all(name in module._parameters for name in names):
-            return
-        dense = self.dense
-        if dense is None:
-            tensors = {suffix: module.get_parameter(f"{self.name}{suffix}") for suffix in storage.suffixes}
-            # The model may have been cast since: the rest of the module tells.
-            dtype = next(value.dtype for value in module.parameters() if value.is_floating_point())
-            dense = nn.Parameter(storage.decode(tensors, dtype), requires_grad=self.requires_grad)
-        exchange(module, names[0], {self.name: dense}, *names[1:])
-
-
-Edit = SetAttribute | AddPreHook | Relayout
+Edit = SetAttribute | AddPreHook
 
 
 @dataclass
@@ -157,12 +105,6 @@ class Journal:
     def intact(self, model: nn.Module) -> bool:
         """Whether all changes still stand, or the user has changed one of them since."""
         return all(edit.intact(model) for edit in self.edits)
-
-    def settle(self) -> None:
-        """Let go of what is only kept in case the change around these fails."""
-        for edit in self.edits:
-            if isinstance(edit, Relayout):
-                edit.settle()
 
     def undo(self, model: nn.Module) -> None:
         """Put everything back, last change first."""

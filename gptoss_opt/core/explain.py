@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .stack import Applied, record_of, wrapped_model
+from .record import Applied, record_of, wrapped_model
 
 HEADINGS = ("wrapper", "what it changed", "backend", "why not the others")
 WIDTHS = (34, 44, 10, 44)

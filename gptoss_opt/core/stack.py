@@ -1,4 +1,4 @@
-"""Stacks: which wrappers are on a model, in canonical order, and how they get on and off it."""
+"""Stacks: wrappers in canonical order, validated, applied to a model and taken off it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, overload
 
 from torch import nn
 
+from .apply import length_of_prefix, move_to
 from .conflicts import conflicts, holder_of
-from .edit import Journal
-from .errors import CompatibilityError, IrreversibleError
-from .layout import Layout, Source, execute
-from .wrapper import WRAPPERS, Built, Host, Model, Report, Wrapper
-
-RECORD = "_gptoss_opt_record"
+from .errors import BackendError, CompatibilityError
+from .layout import Source
+from .record import RECORD, Record, record_of, wrapped_model
+from .wrapper import WRAPPERS, Built, Model, Wrapper
 
 
 @dataclass(frozen=True)
@@ -102,36 +101,6 @@ def _from_json(name: str, options: dict[str, Any]) -> Wrapper:
     return WRAPPERS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
 
 
-@dataclass
-class Applied:
-    """One wrapper on a model: what it changed, what it has to say about it, and for whom it stands by, if it does."""
-
-    wrapper: Wrapper
-    journal: Journal
-    report: Report
-    holder: tuple[Wrapper, str] | None = None
-
-
-@dataclass
-class Record:
-    """What is on a model: by host, how it got its own copy of what it may share, and the wrappers."""
-
-    private: list[tuple[Host, Journal]] = field(default_factory=list[tuple[Host, Journal]])
-    applied: list[Applied] = field(default_factory=list[Applied])
-
-
-def wrapped_model(model: nn.Module) -> nn.Module:
-    """The model that carries a record: this one, or the one inside it (of a compiled, DDP or PEFT module)."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model, got a {type(model).__name__}.")
-    return next((module for module in model.modules() if RECORD in module.__dict__), model)
-
-
-def record_of(model: nn.Module) -> Record:
-    """The record on `model`, or on the model inside it; an empty one, not stored, if there is none."""
-    return wrapped_model(model).__dict__.get(RECORD) or Record()
-
-
 def stack_of(model: nn.Module) -> Stack:
     """The stack on `model`, or on the model inside it; the empty stack if nothing was applied.
 
@@ -192,9 +161,19 @@ def _model_problems(stack: list[Wrapper], model: nn.Module) -> list[str]:
         return [
             f".{inside[0]} inside this model is wrapped already. undo(model.{inside[0]}), then wrap the whole model."
         ]
-    # What is on the model has been checked on the model as it was without it.
-    new = [wrapper for wrapper in stack if wrapper not in stack_of(model) and not holder_of(wrapper, stack)]
-    return [f"{wrapper!r}: {problem}" for wrapper in new for problem in wrapper.check(model)]
+    working = [wrapper for wrapper in stack if not holder_of(wrapper, stack)]
+    return [f"{wrapper!r}: {problem}" for wrapper in working for problem in _problems_of(wrapper, model)]
+
+
+def _problems_of(wrapper: Wrapper, model: nn.Module) -> list[str]:
+    # What is on the model has been checked on the model as it was without it. But it may have been moved since.
+    if wrapper not in stack_of(model) and (problems := list(wrapper.check(model))):
+        return problems
+    try:
+        wrapper.choice(model)
+    except BackendError as error:
+        return [str(error)]
+    return []
 
 
 def _why_compiled(model: nn.Module) -> str | None:
@@ -214,10 +193,11 @@ def apply(model: Model, wrappers: Sequence[Wrapper], source: Source | None = Non
     laid out anew come from `source`; without one, from the model.
     """
     record = model.__dict__.get(RECORD) or Record()
-    present = Stack(tuple(applied.wrapper for applied in record.applied))
-    # What is there already needs no checking: the model may have been compiled since.
-    if _length_of_prefix(model, record, present) < len(present) or any(new not in present for new in wrappers):
-        _move_to(model, resolve((*present, *wrappers), model), source)
+    present = tuple(applied.wrapper for applied in record.applied)
+    # What is there already, and as it should be, needs no checking: the model may have been compiled since.
+    if length_of_prefix(model, record, present) < len(present) or any(new not in present for new in wrappers):
+        target = resolve((*present, *wrappers), model).wrappers
+        move_to(model, target, length_of_prefix(model, record, target), source)
     return model
 
 
@@ -244,7 +224,8 @@ def undo(model: Model, *wrappers: Wrapper | Stack | str | Callable[..., Any]) ->
     if missing := [name for name in names if name not in present]:
         raise ValueError(f"{', '.join(missing)} is not on this model. It has {', '.join(present) or 'no wrappers'}.")
     kept = [wrapper for wrapper in stack_of(model) if wrappers and wrapper.name not in names]
-    _move_to(wrapped_model(model), resolve(kept))
+    inner, target = wrapped_model(model), resolve(kept).wrappers
+    move_to(inner, target, length_of_prefix(inner, record_of(inner), target, choose_anew=False))
     return model
 
 
@@ -255,77 +236,3 @@ def _names_of(wrapper: Any) -> list[str]:
     if name is None:
         raise TypeError(f"undo takes wrappers or their names, not {wrapper!r}.")
     return [str(name)]
-
-
-def _move_to(model: nn.Module, target: Stack, source: Source | None = None) -> None:
-    """Make `target` the stack on `model`: undo back to the common prefix, then attach the rest."""
-    before = stack_of(model)
-    prefix = _length_of_prefix(model, record_of(model), target)
-    if stuck := [wrapper for wrapper in before.wrappers[prefix:] if not wrapper.reversible]:
-        raise IrreversibleError(
-            f"{', '.join(map(repr, stuck))} cannot be taken off: it dropped data. Reload the model and wrap it anew."
-        )
-    record = model.__dict__.setdefault(RECORD, Record())
-    try:
-        _detach_from(model, record, prefix)
-        _attach_all(model, record, target, source)
-        for applied in record.applied:
-            applied.journal.settle()
-    except BaseException:
-        _detach_from(model, record, prefix)
-        _attach_all(model, record, before)
-        raise
-    finally:
-        if not record.applied:
-            for host, journal in reversed(record.private):
-                host.release(model, journal)
-            del model.__dict__[RECORD]
-
-
-def _length_of_prefix(model: nn.Module, record: Record, target: Stack) -> int:
-    """How many wrappers of `target` are on the model as they should be.
-
-    One whose changes no longer stand, because the user set something else since, is not.
-    """
-    for length, (applied, wanted) in enumerate(zip(record.applied, target, strict=False)):
-        same = applied.wrapper == wanted and applied.holder == holder_of(wanted, target)
-        if not same or not applied.journal.intact(model):
-            return length
-    return min(len(record.applied), len(target))
-
-
-def _detach_from(model: nn.Module, record: Record, length: int) -> None:
-    while len(record.applied) > length:
-        record.applied[-1].journal.undo(model)
-        record.applied.pop()
-
-
-def _attach_all(model: nn.Module, record: Record, target: Stack, source: Source | None = None) -> None:
-    for wrapper in target.wrappers[len(record.applied) :]:
-        if holder := holder_of(wrapper, target):
-            report = Report((f"stands by: {holder[0]!r} holds {holder[1]}",))
-            record.applied.append(Applied(wrapper, Journal(), report, holder))
-            continue
-        if not any(type(host) is type(wrapper.host) for host, _ in record.private):
-            own = _journaled(model, functools.partial(wrapper.host.privatise, model))[0]
-            record.private.append((wrapper.host, own))
-        journal, report = _journaled(model, functools.partial(_attach, model, wrapper, source))
-        record.applied.append(Applied(wrapper, journal, report))
-
-
-def _attach(model: nn.Module, wrapper: Wrapper, source: Source | None, journal: Journal) -> Report:
-    execute(model, wrapper.layout(model, Layout()), source, journal)
-    report = wrapper.attach(model, journal)
-    if not isinstance(report, Report):
-        raise TypeError(f"{wrapper!r}: attach returned a {type(report).__name__}, not a Report.")
-    return report
-
-
-def _journaled(model: nn.Module, change: Callable[[Journal], Any]) -> tuple[Journal, Any]:
-    """Make a change, and return its journal and result; if it fails, what it did is undone."""
-    journal = Journal()
-    try:
-        return journal, change(journal)
-    except BaseException:
-        journal.undo(model)
-        raise

@@ -103,6 +103,14 @@ class Wrapper:
         """Problems with this very model, as sentences. Touches nothing."""
         return ()
 
+    def choice(self, model: nn.Module) -> Choice | None:
+        """The backend for this very model as it is now; None for a wrapper that has none. Touches nothing.
+
+        When the wrapper is applied again and the choice is another (the model was moved or cast since), it is attached
+        anew. Raises `BackendError`, whose message becomes a problem of the stack, if none can serve.
+        """
+        return None
+
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
         """`layout` with what this wrapper asks of it. Touches nothing: the bytes are moved before `attach`."""
         return layout

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GptOssForCausalLM
 
 from ..core import Storage, Stored
-from ..core.edit import exchange
+from ..core.layout import exchange
 from ..kernels import memory
 from ..kernels.mxfp4 import BLOCK
 from .checkpoint import Checkpoint, CheckpointError

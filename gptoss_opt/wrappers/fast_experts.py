@@ -8,7 +8,7 @@ from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import BackendError, Journal, Phase, Report, Wrapper, check_name, choose
+from ..core import Choice, Journal, Phase, Report, Wrapper, check_name, choose
 from ..core.wrapper import Built, Host, Model
 from ..kernels.experts import DENSE_BACKENDS
 from ..model.experts import experts_request, set_experts, why_no_experts
@@ -30,16 +30,13 @@ class FastExperts(Wrapper):
         check_name(DENSE_BACKENDS, self.backend, self.name)
 
     def check(self, model: nn.Module) -> Iterable[str]:
-        if problems := list(why_no_experts(model)):
-            yield from problems
-            return
-        try:
-            choose(DENSE_BACKENDS, experts_request(model), self.backend, self.name)
-        except BackendError as error:
-            yield str(error)
+        return why_no_experts(model)
+
+    def choice(self, model: nn.Module) -> Choice:
+        return choose(DENSE_BACKENDS, experts_request(model), self.backend, self.name)
 
     def attach(self, model: nn.Module, journal: Journal) -> Report:
-        choice = choose(DENSE_BACKENDS, experts_request(model), self.backend, self.name)
+        choice = self.choice(model)
         return Report(set_experts(model, choice.backend, journal), choice)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import BackendError, Journal, Phase, Report, Wrapper, check_name, choose
+from ..core import Choice, Journal, Phase, Report, Wrapper, check_name, choose
 from ..core.wrapper import Built, Host, Model
 from ..kernels.attention import BACKENDS
 from ..model.attention import attention_request, set_attention, why_no_flash
@@ -30,14 +30,13 @@ class FlashAttention(Wrapper):
         check_name(BACKENDS, self.backend, self.name)
 
     def check(self, model: nn.Module) -> Iterable[str]:
-        yield from why_no_flash(model)
-        try:
-            choose(BACKENDS, attention_request(model), self.backend, self.name)
-        except BackendError as error:
-            yield str(error)
+        return why_no_flash(model)
+
+    def choice(self, model: nn.Module) -> Choice:
+        return choose(BACKENDS, attention_request(model), self.backend, self.name)
 
     def attach(self, model: nn.Module, journal: Journal) -> Report:
-        choice = choose(BACKENDS, attention_request(model), self.backend, self.name)
+        choice = self.choice(model)
         return Report(set_attention(model, choice.backend, journal), choice)
 
 

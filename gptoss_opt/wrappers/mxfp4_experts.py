@@ -9,7 +9,7 @@ from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import BackendError, Journal, Layout, Phase, Relayout, Report, Wrapper, check_name, choose
+from ..core import Choice, Held, Journal, Layout, Phase, Report, Wrapper, check_name, choose, held_by
 from ..core.wrapper import Built, Host, Model
 from ..kernels.experts import PACKED_BACKENDS
 from ..model.experts import (
@@ -39,31 +39,28 @@ class Mxfp4Experts(Wrapper):
         check_name(PACKED_BACKENDS, self.backend, self.name)
 
     def check(self, model: nn.Module) -> Iterable[str]:
-        if problems := list(why_no_packing(model)):
-            yield from problems
-            return
-        try:
-            choose(PACKED_BACKENDS, experts_request(model), self.backend, self.name)
-        except BackendError as error:
-            yield str(error)
+        return why_no_packing(model)
+
+    def choice(self, model: nn.Module) -> Choice:
+        return choose(PACKED_BACKENDS, experts_request(model), self.backend, self.name)
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
         return layout.store(expert_parameters(model), MXFP4.name)
 
     def attach(self, model: nn.Module, journal: Journal) -> Report:
-        packed = [edit for edit in journal.edits if isinstance(edit, Relayout)]
-        choice = choose(PACKED_BACKENDS, experts_request(model), self.backend, self.name)
+        choice = self.choice(model)
         changed = (*set_experts(model, choice.backend, journal), *set_packed_format(model, journal))
-        return Report((*_packing(packed), *changed), choice)
+        return Report((*_packing(held_by(model)), *changed), choice)
 
 
-def _packing(packed: list[Relayout]) -> list[str]:
+def _packing(held: dict[str, Held]) -> list[str]:
     """What became of the weights: a line for those that are exact, and one for each layer that is not."""
     lossy: dict[str, list[str]] = {}
-    for edit in packed:
-        if edit.sqnr < math.inf:
-            lossy.setdefault(edit.path, []).append(f"{edit.name} {edit.sqnr:.1f} dB")
-    exact = sum(edit.sqnr == math.inf for edit in packed)
+    for parameter, how in held.items():
+        path, _, name = parameter.rpartition(".")
+        if how.sqnr < math.inf:
+            lossy.setdefault(path, []).append(f"{name} {how.sqnr:.1f} dB")
+    exact = sum(how.sqnr == math.inf for how in held.values())
     lines = [f"{exact} expert weights packed as MXFP4, exactly"] if exact else []
     return lines + [f"{path} packed as MXFP4, SQNR: {', '.join(values)}" for path, values in lossy.items()]
 

@@ -40,7 +40,7 @@ def _dtype(x: Tensor, *projections: Projection, which: int) -> torch.dtype:
     """What is multiplied for rows of `x`. Only the last of the instruction sets multiplies bfloat16."""
     if x.dtype not in DTYPES or x.device.type != "cpu":
         problem = f"the native library {why_not(x.device.type, x.dtype)}"
-        raise ValueError(f"{problem}: moved or cast after it was wrapped. Undo the wrapper, and wrap the model again.")
+        raise ValueError(f"{problem}: moved or cast after it was wrapped. Apply the wrapper again: it chooses anew.")
     for weights in projections:
         values = weights.values
         if values.device.type != "cpu" or (weights.scales is None and values.dtype != x.dtype):
