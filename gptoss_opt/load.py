@@ -42,7 +42,7 @@ def load(
     Raises:
         CheckpointError: a file is missing, damaged, or does not hold what the model needs. Names file and key.
         CompatibilityError: the wrappers cannot stand together, or not on this model.
-        ValueError: another dtype.
+        ValueError: another dtype, or a device that is not there.
 
     Example:
         >>> model = load(path, with_mxfp4_experts(), with_flash_attention())
@@ -55,7 +55,7 @@ def load(
         raise ValueError(f"load: dtype is {dtype}. Use one of {', '.join(map(str, DTYPES))}; float16 overflows.")
     stack = compose(*wrappers)
     checkpoint = Checkpoint.open(path_or_id)
-    model = build(checkpoint, torch.device("cpu" if device is None else device), dtype)
+    model = build(checkpoint, _usable("cpu" if device is None else device), dtype)
     resolve(stack, model)
     weights = Weights.of(checkpoint, model)
     with tqdm(total=weights.num_bytes, desc="loading", unit="B", unit_scale=True, delay=1) as bar:
@@ -67,3 +67,12 @@ def load(
         apply(model, [wrapper for wrapper in stack if wrapper.phase is Phase.LAYOUT], source)
         fill(model, weights)
     return apply(model, stack.wrappers)
+
+
+def _usable(device: torch.device | str | int) -> torch.device:
+    """The device, where tensors can be made."""
+    try:
+        return torch.empty((), device=device).device
+    except (AssertionError, RuntimeError) as error:
+        problem = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"load: no tensor can be made on the device {device!r} ({problem}). Use another.") from error

@@ -146,6 +146,7 @@ class Move:
             exchange(_place(model, parameter)[0], first, before, *more)
 
 
+@torch.inference_mode(False)
 def move(model: nn.Module, held: Mapping[str, Held], layout: Layout, source: Source | None = None) -> Move:
     """Bring the parameters of `model` into `layout`, from `source` or else from the tensors it has now.
 

@@ -33,7 +33,8 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> G
                 "MXFP4 and dense checkpoints. Load it with transformers, dequantise it, and save it."
             )
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
+    # On the CPU, whatever torch.device(...) is in force.
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
         model = cast(Any, GptOssForCausalLM)._from_config(config, dtype=dtype)
     for name, parameter in list(model.named_parameters()):
         path, _, last = name.rpartition(".")

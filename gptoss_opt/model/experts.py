@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -121,7 +122,7 @@ def set_experts(model: nn.Module, backend: str, journal: Journal) -> tuple[str, 
 def set_packed_format(model: nn.Module, journal: Journal) -> tuple[str, ...]:
     """Make `save_pretrained` write the released format; returns what was changed, as sentences."""
     for path in config_paths(model):
-        journal.set(model, path, "quantization_config", QUANTIZATION_CONFIG)
+        journal.set(model, path, "quantization_config", copy.deepcopy(QUANTIZATION_CONFIG))
     # What from_pretrained did to the weights on loading, and save_pretrained would do the other way round.
     journal.set(model, "", "_weight_conversions", [])
     return ("config.quantization_config: mxfp4, so that save_pretrained writes the released format",)

@@ -56,7 +56,7 @@ SCRATCH = 2**22
 MAX_READ = 2**24
 """Bytes asked of the system at once, by one thread. Progress is told after each."""
 
-READERS = 4
+READERS = 4 if hasattr(os, "preadv") else 1
 """Threads that read one tensor: one alone keeps neither the memory nor a disk busy."""
 
 DAMAGED = "The file is damaged or incomplete: download or copy it again."
@@ -282,31 +282,34 @@ class _Source:
 
     def fill(self, offset: int, target: Tensor) -> None:
         """Read the bytes at `offset` into contiguous memory; many of them by several threads."""
-        if target.numel() <= MAX_READ:
-            self.tell(self.fill_part(self.stream, offset, target))
-            return
         starts = range(0, target.numel(), MAX_READ)
-        parts = (target[start : start + MAX_READ] for start in starts)
+        offsets, parts = [offset + start for start in starts], [target[start:][:MAX_READ] for start in starts]
+        if len(parts) == 1:
+            self.tell(self.fill_part(offset, target))
+            return
         with ThreadPoolExecutor(READERS) as readers:
-            for count in readers.map(self.fill_apart, (offset + start for start in starts), parts):
+            for count in readers.map(self.fill_part, offsets, parts):
                 self.tell(count)
 
     def tell(self, count: int) -> None:
         if self.on_bytes is not None:
             self.on_bytes(count)
 
-    def fill_apart(self, offset: int, target: Tensor) -> int:
-        with as_checkpoint_errors(self.info), FileIO(self.info.file) as stream:
-            return self.fill_part(stream, offset, target)
-
-    def fill_part(self, stream: FileIO, offset: int, target: Tensor) -> int:
+    def fill_part(self, offset: int, target: Tensor) -> int:
         left: memoryview = target.numpy().data
-        with as_checkpoint_errors(self.info):
-            stream.seek(offset)
-            while left:
-                count = stream.readinto(left)
-                if not count:
-                    problem = f"truncated while reading: {len(left)} bytes are missing, which were there when opened"
-                    raise CheckpointError(f"{self.info}: {problem}. Leave the file alone meanwhile, and open it again.")
-                left = left[count:]
+        while left:
+            with as_checkpoint_errors(self.info):
+                count = read_at(self.stream, left, offset)
+            if not count:
+                problem = f"truncated while reading: {len(left)} bytes are missing, which were there when it was opened"
+                raise CheckpointError(f"{self.info}: {problem}. Leave the file alone meanwhile, and open it again.")
+            left, offset = left[count:], offset + count
         return target.numel()
+
+
+def read_at(stream: FileIO, target: memoryview, offset: int) -> int:
+    """Read what comes at `offset` of an open file into `target`; returns the number of bytes."""
+    if hasattr(os, "preadv"):
+        return os.preadv(stream.fileno(), [target], offset)
+    stream.seek(offset)
+    return stream.readinto(target)

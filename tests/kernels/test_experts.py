@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import re
+import sys
+import threading
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from gptoss_opt.kernels import native as native_library
 from gptoss_opt.kernels.experts import (
     DENSE_BACKENDS,
     PACKED_BACKENDS,
@@ -19,9 +28,9 @@ from gptoss_opt.kernels.experts import (
     Packed,
     Routes,
     activation,
+    dense_op,
     experts,
     native,
-    native_dense,
     op,
 )
 from gptoss_opt.kernels.mxfp4 import FP4_VALUES, pack
@@ -528,12 +537,8 @@ def test_opcheck(name: str, backend: str) -> None:
     torch.library.opcheck(getattr(op, name), (*operands(name), backend))
 
 
-# The dense reference looks at the routes as it goes; torch traces its grouped product in bfloat16 only.
-TRACED = [
-    (name, dtype)
-    for name, dtype in EACH
-    if name != "dense reference" and (name, dtype) != ("dense torch", torch.float32)
-]
+# The dense reference looks at the routes as it goes.
+TRACED = [(name, dtype) for name, dtype in EACH if name != "dense reference"]
 
 
 # torch's own, while tracing.
@@ -551,15 +556,17 @@ def test_compiles_without_a_graph_break(backend: str, dtype: torch.dtype) -> Non
         assert relative(compiled(*given), run(*given)) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_opcheck_of_dense_weights() -> None:
-    if native.why_not_dense("cpu", torch.bfloat16, (32, 64)):
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_opcheck_of_dense_weights(backend: str) -> None:
+    dtype = torch.bfloat16 if backend == "native" else torch.float32
+    if backend == "native" and native.why_not_dense("cpu", dtype, (32, 64)):
         pytest.skip("this CPU has no AVX-512 BF16")
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    x, d_y, weight, bias = (torch.randn(size).bfloat16() for size in ((7, 64), (7, 32), (3, 64, 32), (3, 32)))
+    x, d_y, weight, bias = (torch.randn(size).to(dtype) for size in ((7, 64), (7, 32), (3, 64, 32), (3, 32)))
     leaves = x.clone().requires_grad_(), ends, weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    torch.library.opcheck(native_dense.dense_linear, leaves)
-    torch.library.opcheck(native_dense.dense_linear_input_gradient, (d_y, ends, weight))
-    torch.library.opcheck(native_dense.dense_linear_weight_gradient, (d_y, ends, x, 3))
+    torch.library.opcheck(dense_op.dense_linear, (*leaves, backend))
+    torch.library.opcheck(dense_op.dense_linear_input_gradient, (d_y, ends, weight, backend))
+    torch.library.opcheck(dense_op.dense_linear_weight_gradient, (d_y, ends, x, 3))
 
 
 def largest_saved(run: Callable[..., Tensor], given: list[Tensor]) -> int:
@@ -595,14 +602,131 @@ def test_packed_weights_take_no_gradient_and_need_none() -> None:
         assert problem.run("packed native")(*problem.inputs).is_inference()
 
 
-def test_autocast_keeps_the_dtype_of_the_tokens() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend: str) -> None:
     problem = Problem("every expert")
-    for backend in ("packed native", "packed reference"):
-        exact = problem.truth()
+    run, exact = problem.run(backend), problem.truth()
+
+    def cast(*inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            ours = differentiate(problem.run(backend), problem.inputs[:4], problem.d_out)
-        for name, actual, wanted in zip(NAMES, ours, exact, strict=False):
-            assert relative(actual, wanted) < 3e-2, name
+            assert (inputs[0] @ inputs[0].T).dtype == torch.bfloat16
+            return run(*inputs)
+
+    ours, plain = differentiate(cast, problem.given(backend), problem.d_out), cast(*problem.inputs)
+    assert ours[0].dtype == plain.dtype == torch.float32
+    assert relative(plain, exact[0]) < 1e-5
+    for name, actual, wanted in zip(NAMES, ours, exact, strict=False):
+        assert relative(actual, wanted) < 1e-5, name
+
+
+def test_tracing_without_a_compiler() -> None:
+    problem = Problem("every expert")
+    run = problem.run("packed native")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: run(x, *problem.inputs[1:]), problem.inputs[0])
+        # Not the input that it was traced with.
+        x = problem.inputs[0] + 1
+        assert relative(traced(x), run(x, *problem.inputs[1:])) < 1e-6
+
+
+def test_tensors_without_memory() -> None:
+    problem = Problem("every expert")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = mode.from_tensor(problem.inputs[0])
+        assert problem.run("packed native")(fake, *problem.inputs[1:]).shape == fake.shape
+        assert problem.run("dense torch")(fake, *problem.inputs[1:]).shape == fake.shape
+
+
+@pytest.mark.parametrize("kind", ["packed", "dense"])
+def test_shapes_that_do_not_fit_are_refused_before_any_memory_is_touched(kind: str) -> None:
+    dtype = torch.float32 if kind == "packed" else torch.bfloat16
+    if kind == "dense" and native.why_not_dense("cpu", dtype, (32, 64)):
+        pytest.skip("this CPU has no AVX-512 BF16")
+    problem = Problem("a hundred tokens", dtype)
+    x, routing, _, _, *dense = problem.inputs
+    weights = problem.packed if kind == "packed" else [Dense(w) for w in dense]
+    wrong: dict[str, tuple[Any, ...]] = {
+        "indices is [7, 2], and should be [100, 2]": (x, problem.indices[:7], routing, *weights),
+        "routing is [7, 2], and should be [100, 2]": (x, problem.indices, routing[:7], *weights),
+        "x is [100, 64], and should be [100, 96]": (x[:, :64], problem.indices, routing, *weights),
+        "down is [4, 96, 64], and should be [4, 32, 96]": (x, problem.indices, routing, weights[0], weights[0]),
+    }
+    for message, args in wrong.items():
+        with pytest.raises(ValueError, match=re.escape(message)), torch.no_grad():
+            native.experts(*args, ALPHA, LIMIT)
+    if kind == "packed":
+        with pytest.raises(ValueError, match=re.escape("rows is [3, 64], and should be [3, 96]")):
+            native.forward(torch.randn(3, 64), torch.tensor([1, 2, 3, 3], dtype=torch.int32), problem.packed[0])
+        with pytest.raises(ValueError, match=re.escape("ends is [3], and should be [4]")):
+            native.forward(torch.randn(3, 96), torch.tensor([1, 2, 3], dtype=torch.int32), problem.packed[0])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_dense_weights_cast_after_wrapping_are_refused(grad: bool) -> None:
+    if native.why_not_dense("cpu", torch.bfloat16, (32, 64)):
+        pytest.skip("this CPU has no AVX-512 BF16")
+    problem = Problem("every expert")
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"takes torch\.bfloat16 weights on cpu"):
+        problem.run("dense native")(problem.inputs[0].requires_grad_(grad), *problem.inputs[1:])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_scratch_memory_goes_with_its_thread() -> None:
+    packed = Packed(torch.zeros(1, 64, 256, 16, dtype=torch.uint8), torch.full((1, 64, 256), 127, dtype=torch.uint8))
+    x, ends = torch.randn(40, 8192), torch.tensor([40], dtype=torch.int32)
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+
+    def calls(number: int) -> None:
+        for _ in range(number):
+            thread = threading.Thread(target=lambda: native.forward(x, ends, packed))
+            thread.start()
+            thread.join()
+
+    calls(20)
+    before = resident()
+    calls(200)
+    # Each would leave 128 KiB behind.
+    assert resident() - before < 8 * 1024
+
+
+# The library itself.
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"junk")
+    for path, reason in ((None, "was not built when"), (str(broken), "could not be loaded")):
+        monkeypatch.setattr(native_library, "_path", lambda path=path: path)
+        native_library._loaded.cache_clear()
+        assert reason in str(native.why_not("cpu", torch.float32))
+        blocks, scales = pack(torch.ones(32))
+        assert (blocks.unique().tolist(), scales.tolist()) == ([0x66], [125])
+    monkeypatch.undo()
+    native_library._loaded.cache_clear()
+    assert native.why_not("cpu", torch.float32) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the runtime is looked for in /proc")
+def test_the_runtime_of_torch_is_found_in_a_folder_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def load(path: str) -> Any:
+        opened.append(path)
+        if "old" in path:
+            raise OSError("gone")
+        return types.SimpleNamespace(GOMP_parallel=ctypes.c_void_p(1))
+
+    lines = [
+        "7f00-7f01 r-xp 00000000 fe:00 12 " + name for name in ("/an old place/libgomp.so.1", "/my env/libgomp.so.1")
+    ]
+    monkeypatch.setattr(Path, "read_text", lambda self: "\n".join([*lines, "7f02-7f03 rw-p 00000000 00:00 0"]))
+    monkeypatch.setattr(native_library.ctypes, "CDLL", load)
+    assert native_library._fork_join() is not None
+    assert opened == ["/an old place/libgomp.so.1", "/my env/libgomp.so.1"]
 
 
 # Routes.
@@ -662,4 +786,7 @@ def test_where_the_others_serve() -> None:
     assert "grouped_mm has no kernel on mps" in str(torch_grouped.why_not(ExpertsRequest("mps", torch.float32)))
     assert "float64" in str(torch_grouped.why_not(ExpertsRequest("cpu", torch.float64)))
     assert "float16 on cuda" in str(torch_grouped.why_not(ExpertsRequest("cuda", torch.float16)))
+    odd = torch_grouped.why_not(ExpertsRequest("cpu", torch.bfloat16, (64, 60)))
+    assert odd == "grouped_mm takes rows of a multiple of 16 bytes, not of 60 values in torch.bfloat16"
+    assert torch_grouped.why_not(ExpertsRequest("cpu", torch.float32, (64, 60))) is None
     assert reference.why_not(ExpertsRequest("anything", torch.float64)) is None

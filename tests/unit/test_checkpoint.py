@@ -278,19 +278,39 @@ def test_out_and_index_that_do_not_fit(tiny: Path) -> None:
 
 
 def test_long_and_short_reads(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stuttering(io.FileIO):
-        def readinto(self, buffer: Any) -> int:
-            return super().readinto(memoryview(buffer)[:5])
+    read_at = safetensors_file.read_at
+
+    def stuttering(stream: io.FileIO, target: memoryview, offset: int) -> int:
+        return read_at(stream, target[:5], offset)
 
     checkpoint, expected = Checkpoint.open(tiny), everything(tiny)
     key, columns = "model.layers.0.self_attn.o_proj.weight", (slice(None), slice(16, 32))
     # What one thread reads at once, far below what a tensor has, and a system that gives less than it is asked for.
-    for name, value in (("MAX_READ", 1000), ("FileIO", Stuttering)):
+    for name, value in (("MAX_READ", 1000), ("read_at", stuttering)):
         monkeypatch.setattr(safetensors_file, name, value)
         counts: list[int] = []
         assert same(checkpoint.read(key, on_bytes=counts.append), expected[key])
         assert same(checkpoint.read(key, columns), expected[key][columns])
         assert (max(counts), sum(counts)) == (1000, expected[key].nbytes)
+
+
+def test_a_file_that_is_replaced_while_several_threads_read_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(shutil.copytree(tiny, tmp_path / "mine"))
+    key = "model.layers.0.self_attn.o_proj.weight"
+    file = checkpoint.tensors[key].file
+    other = tmp_path / "other"
+    other.write_bytes(bytes(file.stat().st_size))
+
+    def replace(count: int) -> None:
+        if other.exists():
+            os.replace(other, file)
+
+    monkeypatch.setattr(safetensors_file, "MAX_READ", 1000)
+    # What was open is read to its end.
+    assert same(checkpoint.read(key, on_bytes=replace), everything(tiny)[key])
+    assert not checkpoint.read(key).any()
 
 
 def test_a_file_that_is_cut_while_several_threads_read_it(

@@ -207,6 +207,17 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter, Counter]:
     return times, volume
 
 
+def test_devices(packed: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no tensor can be made on the device 'cuda'.*Use another"):
+            load(packed, device="cuda")
+    with pytest.raises(ValueError, match="on the device 'nonsense'"):
+        load(packed, device="nonsense")
+    with torch.device("meta"):
+        model = load(packed, with_mxfp4_experts())
+    assert difference(model, load(packed, with_mxfp4_experts())) is None
+
+
 @pytest.mark.parametrize("stack", ["nothing", "all"])
 @pytest.mark.parametrize("kind", ["packed", "dense"])
 def test_each_byte_is_read_once(

@@ -205,6 +205,42 @@ def test_trains(wrap, model) -> None:
     assert losses[-1] < losses[0]
 
 
+# torch's own, while tracing.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_compiles(wrap, model) -> None:
+    loss, expected = loss_and_gradients(wrap(model), ids())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = compiled(ids(), labels=ids()).loss
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    found.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert relative(parameter.grad, expected[name]) < 1e-4, name
+    with torch.no_grad():
+        assert relative(compiled(ids(seed=2)).logits, model(ids(seed=2)).logits) < 1e-5
+
+
+def test_wrapped_under_inference_mode_it_can_be_trained(wrap, model) -> None:
+    with torch.inference_mode():
+        wrap(model)
+        model(ids())
+    loss_and_gradients(model, ids())
+    with torch.inference_mode():
+        undo(model)
+    loss_and_gradients(model, ids())
+
+
+def test_nothing_is_shared_with_other_models(wrap, model) -> None:
+    other = wrap(tiny_model())
+    before = other.config.to_dict()
+    for value in vars(wrap(model).config).values():
+        if isinstance(value, dict):
+            value["mine"] = 1
+    assert other.config.to_dict() == before
+    assert wrap(tiny_model()).config.to_dict() == before
+
+
 def test_refuses_by_name(wrap, model) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import op
@@ -51,12 +52,14 @@ def experts(
     if kernel.whole and not needs_operator(x, routing, *gate_up.trainable, *down.trainable):
         return kernel.whole(x, indices, routing, gate_up, down, alpha, limit)
     num_experts = (gate_up.weight if isinstance(gate_up, Dense) else gate_up.blocks).shape[0]
-    routes = Routes.of(indices, num_experts)
-    rows = routes.gather(x)
-    hidden = _linear(rows, routes.ends, gate_up, backend)
-    activation = backend if isinstance(gate_up, Packed) else dense_kernel(backend).activation(hidden)
-    hidden = op.swiglu(hidden, alpha, limit, activation)
-    return routes.combine(_linear(hidden, routes.ends, down, backend), routing)
+    # The dtype is that of the tokens, whatever autocast would make of plain products.
+    with torch.autocast(x.device.type, enabled=False):
+        routes = Routes.of(indices, num_experts)
+        rows = routes.gather(x)
+        hidden = _linear(rows, routes.ends, gate_up, backend)
+        activation = backend if isinstance(gate_up, Packed) else dense_kernel(backend).activation(hidden)
+        hidden = op.swiglu(hidden, alpha, limit, activation)
+        return routes.combine(_linear(hidden, routes.ends, down, backend), routing)
 
 
 def _linear(rows: Tensor, ends: Tensor, weights: Dense | Packed, backend: str) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..native import why_not as why_not_native
-from . import activation, native, native_dense, reference, torch_grouped, triton_packed
-from .routes import add_bias
+from . import activation, dense_op, native, reference, torch_grouped, triton_packed
+from .routes import add_bias, is_traced
 from .weights import Dense, Packed, Weights
 
 
@@ -138,7 +138,7 @@ class NativeDense:
     whole = staticmethod(native.experts)
 
     def dense(self, x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
-        return native_dense.linear(x, ends, weights)
+        return dense_op.linear(x, ends, weights, "native")
 
     def activation(self, gate_up: Tensor) -> str:
         return "native"
@@ -152,15 +152,18 @@ class TorchGrouped:
 
     def why_not(self, request: ExpertsRequest) -> str | None:
         """The reason why it cannot serve, or None."""
-        return torch_grouped.why_not(request.device_type, request.dtype)
+        return torch_grouped.why_not(request.device_type, request.dtype, request.sizes)
 
     whole = None
 
     def dense(self, x: Tensor, ends: Tensor, weights: Dense) -> Tensor:
-        return torch_grouped.linear(x, ends, weights)
+        # torch traces its own product, and has it without memory, in bfloat16 only.
+        if x.dtype != torch.bfloat16 and is_traced(x):
+            return dense_op.linear(x, ends, weights, "torch")
+        return torch_grouped.dense_forward(x, ends, weights)
 
     def activation(self, gate_up: Tensor) -> str:
-        if torch.compiler.is_compiling():
+        if is_traced(gate_up):
             return "reference"
         request = ExpertsRequest(gate_up.device.type, gate_up.dtype)
         return next(backend.name for backend in PACKED_BACKENDS if backend.why_not(request) is None)

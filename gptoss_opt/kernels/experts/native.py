@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,15 +43,31 @@ def _dtype(x: Tensor, *projections: Projection, which: int) -> torch.dtype:
         problem = f"the native library {why_not(x.device.type, x.dtype)}"
         raise ValueError(f"{problem}: moved or cast after it was wrapped. Apply the wrapper again: it chooses anew.")
     for weights in projections:
-        values = weights.values
-        if values.device.type != "cpu" or (weights.scales is None and values.dtype != x.dtype):
-            raise ValueError(f"the weights are {values.dtype} on {values.device}, and the rows {x.dtype} on cpu.")
+        values, wanted = weights.values, torch.bfloat16 if weights.scales is None else torch.uint8
+        if values.device.type != "cpu" or values.dtype != wanted:
+            raise ValueError(
+                f"the native library takes {wanted} weights on cpu, and these are {values.dtype} on {values.device}: "
+                "moved or cast after they were wrapped. Apply the wrapper again: it chooses anew."
+            )
+        if weights.scales is None and (which != BFLOAT16 or x.dtype != torch.bfloat16):
+            raise ValueError(
+                f"the native library multiplies dense weights in bfloat16 on {INSTRUCTION_SETS[BFLOAT16]}, not rows of "
+                f"{x.dtype} on {INSTRUCTION_SETS[which]}. Apply the wrapper again: it chooses anew."
+            )
     return x.dtype if which == BFLOAT16 else torch.float32
 
 
 def _check(status: int) -> None:
+    assert status != -2, "dense weights are checked before"
     if status:
         raise MemoryError("the native kernel found no memory for its scratch space.")
+
+
+def _check_sizes(**sizes: tuple[Sequence[int], Sequence[int]]) -> None:
+    """Raise `ValueError` unless each first shape is the second: what is behind an address cannot be looked up later."""
+    for name, (found, wanted) in sizes.items():
+        if tuple(found) != tuple(wanted):
+            raise ValueError(f"{name} is {list(found)}, and should be {list(wanted)}.")
 
 
 def _product(x: Tensor, ends: Tensor, weights: Projection, columns: bool, which: int | None = None) -> Tensor:
@@ -58,6 +75,8 @@ def _product(x: Tensor, ends: Tensor, weights: Projection, columns: bool, which:
     functions, best, parallel = library()
     which = best if which is None else which
     dtype = _dtype(x, weights, which=which)
+    width, num_experts = (weights.rows if columns else weights.length), weights.values.shape[0]
+    _check_sizes(rows=(x.shape, (len(x), width)), ends=(ends.shape, (num_experts,)))
     rows, half = x.to(dtype).contiguous(), dtype == torch.bfloat16
     matrices, _bias = weights.matrices(dtype)
     y = rows.new_empty(x.shape[0], weights.length if columns else weights.rows)
@@ -95,6 +114,15 @@ def experts(
     which = best if instruction_set is None else instruction_set
     both = Projection.of(gate_up), Projection.of(down)
     dtype = _dtype(x, *both, which=which)
+    # Dense weights are [E, in, out], and packed ones [E, out, in].
+    (hidden, pairs), (inner, out_size) = ((w.rows, w.length) if w.scales is None else (w.length, w.rows) for w in both)
+    tokens, num_experts = len(x), both[0].values.shape[0]
+    _check_sizes(
+        x=(x.shape, (tokens, hidden)),
+        indices=(indices.shape, (tokens, indices.shape[-1])),
+        routing=(routing.shape, indices.shape),
+        down=((both[1].values.shape[0], inner, out_size), (num_experts, pairs // 2, hidden)),
+    )
     rows, indices = x.to(dtype).contiguous(), indices.to(torch.int64).contiguous()
     # To the dtype of x first: as where gradients are asked for.
     routing = routing.to(x.dtype).to(torch.float32).contiguous()
@@ -109,7 +137,7 @@ def experts(
         second,
         out.data_ptr(),
         *indices.shape,
-        both[0].values.shape[0],
+        num_experts,
         alpha,
         limit,
         parallel,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,16 @@ def sum_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
     return (experts[:, None] == expert_of_rows(ends, rows.shape[0])).to(rows.dtype) @ rows
 
 
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a call is being traced, or its tensors stand for others: then no value and no address can be read."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors)
+    )
+
+
 def needs_operator(*tensors: Tensor | None) -> bool:
     """Whether the call must be an operator: for autograd and tracing. Otherwise its overhead is saved."""
-    return torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    )
+    given = [tensor for tensor in tensors if tensor is not None]
+    return is_traced(*given) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))

@@ -46,9 +46,8 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
         return f"is for CPUs, and the model is on {device_type}"
     if dtype not in DTYPES:
         return f"takes {' and '.join(map(str, DTYPES))}, and the model is in {dtype}"
-    if _path() is None:
-        return "was not built when gptoss_opt was installed: install a C compiler, then gptoss_opt again"
-    return None
+    loaded = _loaded()
+    return loaded if isinstance(loaded, str) else None
 
 
 @cache
@@ -57,11 +56,26 @@ def _path() -> str | None:
     return None if spec is None else spec.origin
 
 
-@cache
 def library() -> Library:
     """The native library, loaded."""
+    loaded = _loaded()
+    assert isinstance(loaded, Library), loaded
+    return loaded
+
+
+@cache
+def _loaded() -> Library | str:
+    """The library, or the reason why it cannot be had."""
     path = _path()
-    assert path is not None, "ask why_not() first"
+    if path is None:
+        return "was not built when gptoss_opt was installed: install a C compiler, then gptoss_opt again"
+    try:
+        return _load(path)
+    except (OSError, AttributeError) as error:
+        return f"could not be loaded ({error}): install gptoss_opt again"
+
+
+def _load(path: str) -> Library:
     functions = ctypes.CDLL(path)
     weights = ctypes.POINTER(Matrices)
     functions.gptoss_product.argtypes = [_INT, _INT, *[_P] * 3, weights, _P, _LONG, _P, _INT]
@@ -87,11 +101,16 @@ def _fork_join() -> ctypes.c_void_p | None:
     """`GOMP_parallel` of the OpenMP runtime that torch has loaded; None where it has another, or none."""
     if sys.platform != "linux":
         return None
-    maps = Path("/proc/self/maps").read_text()
-    found = sorted(set(re.findall(r"/\S*/lib(?:g|i)?omp[^/\s]*\.so[^/\s]*", maps)))
+    # The name of a file is the sixth field, and may hold spaces.
+    fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    names = {line[5] for line in fields if len(line) == 6}
+    found = sorted(name for name in names if re.match(r"lib[gi]?omp[^/]*\.so", Path(name).name))
     home = str(Path(torch.__file__).parent)
     for path in sorted(found, key=lambda path: not path.startswith(home)):
-        runtime = ctypes.CDLL(path)
+        try:
+            runtime = ctypes.CDLL(path)
+        except OSError:  # replaced on disk since: any other will do
+            continue
         if hasattr(runtime, "GOMP_parallel"):
             return ctypes.cast(runtime.GOMP_parallel, _P)
     return None

@@ -18,6 +18,7 @@
 
 /* Fill the tables. Call once, before anything else. Returns the best implementation that this CPU runs. */
 int gptoss_init(void) {
+    create_scratch_key();
     for (int s = 0; s < 256; s++) {
         SCALE[s] = s == 255 ? NAN : ldexpf(1.0f, s - 128);
         for (int code = 0; code < 16; code++)
@@ -122,9 +123,11 @@ typedef struct {
 /* Whether a product takes its rows of x in the order of `decode`. */
 static int takes_order(int which, int columns, const Matrices *m) { return which == AVX512_BF16 && !columns && m->scales; }
 
-/* The products (see Product) of all experts that have rows, `columns` or dot. */
+/* The products (see Product) of all experts that have rows, `columns` or dot. Returns 0, -1 if there is no memory, or -2
+ * for dense weights where they cannot be. */
 static int product(const Team *team, int which, int columns, const void *x, void *y, const int32_t *ends,
                    const Matrices *m, long num_experts) {
+    if (!m->scales && which != AVX512_BF16) return -2;
     const size_t item = item_of(which), values = (size_t)m->rows * m->length;
     const long out = columns ? m->length : m->rows;
     Expert *experts = malloc((size_t)(num_experts ? num_experts : 1) * sizeof *experts);
@@ -164,7 +167,7 @@ static int gather(const Team *team, int ordered_too, const Gathering *g) {
 
 /* One product. `ends` [E] are the cumulative ends of the experts' rows of x; rows of y that belong to no expert are not
  * touched. x, y and bias are bfloat16 if `which` is AVX512_BF16, else float32. `room` holds a copy of x where one in
- * another order is needed. Returns 0, or -1 if there is no memory. */
+ * another order is needed. Returns what `product` does. */
 int gptoss_product(int which, int columns, const void *x, void *y, const int32_t *ends, const Matrices *weights,
                    void *room, long num_experts, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
@@ -187,7 +190,7 @@ static void *room_for(size_t bytes) {
 }
 
 /* A whole layer, forward: x [T, H] to out [T, H] by the experts `indices` [T, K], weighted by `routing` [T, K].
- * Dtypes are as in gptoss_product. Returns 0, or -1 if there is no memory. */
+ * Dtypes are as in gptoss_product. Returns what `product` does. */
 int gptoss_experts(int which, const void *x, const int64_t *indices, const float *routing, const Matrices *gate_up,
                    const Matrices *down, void *out, long num_tokens, long top_k, long num_experts, double alpha,
                    double limit, fork_join parallel, int num_threads) {

@@ -23,23 +23,35 @@ typedef struct {
     atomic_int failed;
 } Job;
 
-/* Each thread keeps its scratch memory: fresh pages for every call would cost more than small calls take. */
-static _Thread_local void *scratch_memory;
-static _Thread_local size_t scratch_size;
+/* Each thread keeps its scratch memory, whose first bytes tell its size: fresh pages for every call would cost more than
+ * small calls take. It is freed with the thread. */
+static pthread_key_t scratch_key;
+static int has_scratch_key;
+
+enum { SCRATCH_HEAD = 64 };
+
+static void create_scratch_key(void) { has_scratch_key = pthread_key_create(&scratch_key, free) == 0; }
 
 static void *scratch_of(size_t bytes) {
-    if (bytes > scratch_size) {
-        free(scratch_memory);
-        bytes = (bytes + 4095) / 4096 * 4096;
-        scratch_memory = aligned_alloc(4096, bytes);
-        scratch_size = scratch_memory ? bytes : 0;
+    if (!has_scratch_key) return NULL;
+    char *memory = pthread_getspecific(scratch_key);
+    if (!memory || *(size_t *)memory < bytes) {
+        const size_t whole = (bytes + SCRATCH_HEAD + 4095) / 4096 * 4096;
+        free(memory);
+        memory = aligned_alloc(4096, whole);
+        if (memory) *(size_t *)memory = whole - SCRATCH_HEAD;
+        if (pthread_setspecific(scratch_key, memory)) {
+            free(memory);
+            memory = NULL;
+        }
+        if (!memory) return NULL;
     }
-    return scratch_memory;
+    return memory + SCRATCH_HEAD;
 }
 
 static void work(void *pointer) {
     Job *job = pointer;
-    void *scratch = scratch_of(job->scratch_bytes);
+    void *scratch = job->scratch_bytes ? scratch_of(job->scratch_bytes) : NULL;
     if (!scratch && job->scratch_bytes) {
         atomic_store(&job->failed, 1);
         return;
@@ -50,9 +62,6 @@ static void work(void *pointer) {
 
 static void *work_in_thread(void *job) {
     work(job);
-    free(scratch_memory);
-    scratch_memory = NULL;
-    scratch_size = 0;
     return NULL;
 }
 

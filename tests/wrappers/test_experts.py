@@ -1,4 +1,4 @@
-"""What is packed stays packed: across moving, casting, other wrappers, and failures."""
+"""Experts across moving, casting, other wrappers, and failures: what is packed stays packed."""
 
 from __future__ import annotations
 
@@ -122,3 +122,15 @@ def test_weights_the_user_made_dense_are_packed_again(packed: Any) -> None:
     with_mxfp4_experts(packed)
     assert not hasattr(experts, "down_proj")
     assert torch.equal(packed(ids()).logits, exact)
+
+
+def test_dense_experts_cast_after_wrapping_are_refused_until_wrapped_again() -> None:
+    model = with_fast_experts(tiny_model(torch.bfloat16))
+    if backend_of(model) != "native":
+        pytest.skip("this CPU has no AVX-512 BF16")
+    model.float()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="Apply the wrapper again"):
+            model(ids())
+    assert backend_of(with_fast_experts(model)) == "torch"
+    assert relative(model(ids()).logits, undo(model)(ids()).logits) < 1e-5
