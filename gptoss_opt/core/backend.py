@@ -50,7 +50,7 @@ def choose(backends: Sequence[Backend], request: Any, name: str, what: str) -> C
     reasons = {backend.name: backend.why_not(request) for backend in backends}
     if name != "auto":
         if reasons[name] is not None:
-            raise BackendError(f"{what}: backend {name!r} cannot serve here: {reasons[name]}. Use backend='auto'.")
+            raise BackendError(f"backend {name!r} cannot serve here: {reasons[name]}. Use backend='auto'.")
         others = ((other, reason or f"{name!r} was named") for other, reason in reasons.items() if other != name)
         return Choice(name, tuple(others))
     rejected: list[tuple[str, str]] = []
@@ -63,5 +63,5 @@ def choose(backends: Sequence[Backend], request: Any, name: str, what: str) -> C
             rejected.append((backend.name, reason or f"{chosen!r} comes first"))
     if chosen is None:
         lines = "; ".join(f"{other}: {reason}" for other, reason in rejected)
-        raise BackendError(f"{what}: no backend can serve here ({lines}).")
+        raise BackendError(f"no backend can serve here ({lines}).")
     return Choice(chosen, tuple(rejected))
