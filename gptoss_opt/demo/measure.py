@@ -119,7 +119,12 @@ def load_eager(path: str, dtype: torch.dtype | str) -> Any:
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     if torch.cuda.is_available():
         options["device_map"] = "cuda"
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    for parameter in model.parameters():
+        # Expert weights: older versions leave dequantised ones in bfloat16, whatever is asked for.
+        if parameter.ndim == 3:
+            parameter.data = parameter.data.to(model.dtype)
+    return model
 
 
 def compare(expected: Outputs, actual: Outputs) -> Agreement:
