@@ -30,7 +30,9 @@ static int has_scratch_key;
 
 enum { SCRATCH_HEAD = 64 };
 
-static void create_scratch_key(void) { has_scratch_key = pthread_key_create(&scratch_key, free) == 0; }
+static void create_scratch_key(void) {
+    if (!has_scratch_key) has_scratch_key = pthread_key_create(&scratch_key, free) == 0;
+}
 
 static void *scratch_of(size_t bytes) {
     if (!has_scratch_key) return NULL;
