@@ -126,12 +126,13 @@ def _peak(setup: Callable[..., Callable[[], object]], args: tuple[Any, ...], thr
         return torch.cuda.max_memory_allocated() - before
     # Make the kernel forget the highest resident memory so far, then read the highest from now on (Linux).
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """A field of this process's memory in bytes, such as "VmRSS" (now) or "VmHWM" (the highest so far); Linux."""
     line = next(line for line in _read("/proc/self/status").splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
