@@ -22,7 +22,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from benchmarks.harness import alternate, device, gemm_rate, median_ratio, read_rate, record, table, threads
-from gptoss_opt.core.layout import exchange
+from gptoss_opt.core import exchange
 from gptoss_opt.kernels import memory
 from gptoss_opt.kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, ExpertsRequest
 from gptoss_opt.model.experts import KEY, MXFP4, PROJECTIONS

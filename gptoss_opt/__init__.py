@@ -11,12 +11,16 @@ from .core import (
     stack_of,
     undo,
 )
+from .distributed import balance_experts, init_distributed
 from .load import load
 from .model.checkpoint import CheckpointError
+from .model.save import gather_state_dict
 from .version import __version__
+from .wrappers.expert_parallel import shard_experts
 from .wrappers.fast_experts import with_fast_experts
 from .wrappers.flash_attention import with_flash_attention
 from .wrappers.mxfp4_experts import with_mxfp4_experts
+from .wrappers.tensor_parallel import shard_tensor_parallel
 
 __all__ = [
     "BackendError",
@@ -26,9 +30,14 @@ __all__ = [
     "Stack",
     "Wrapper",
     "__version__",
+    "balance_experts",
     "compose",
     "explain",
+    "gather_state_dict",
+    "init_distributed",
     "load",
+    "shard_experts",
+    "shard_tensor_parallel",
     "stack_of",
     "undo",
     "with_fast_experts",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
 from transformers import GptOssForCausalLM
 
-from .core import Phase, Stack, Storage, Stored, Wrapper, compose
-from .core.stack import apply, resolve
+from .core import Form, Part, Phase, Stack, Stored, Wrapper, compose
+from .core.stack import agreed, apply
 from .model.build import Weights, build, fill
 from .model.checkpoint import Checkpoint
 
@@ -56,13 +57,13 @@ def load(
     stack = compose(*wrappers)
     checkpoint = Checkpoint.open(path_or_id)
     model = build(checkpoint, _usable("cpu" if device is None else device), dtype)
-    resolve(stack, model)
+    agreed(stack, model)
     weights = Weights.of(checkpoint, model)
     with tqdm(total=weights.num_bytes, desc="loading", unit="B", unit_scale=True, delay=1) as bar:
         weights = replace(weights, on_bytes=bar.update)
 
-        def source(parameter: str, storage: Storage) -> Stored:
-            return weights.stored(parameter, storage, model.get_parameter(parameter))
+        def source(parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:
+            return weights.stored(parameter, form, index, model.get_parameter(parameter))
 
         apply(model, [wrapper for wrapper in stack if wrapper.phase is Phase.LAYOUT], source)
         fill(model, weights)

@@ -4,12 +4,14 @@ from .backend import Backend, Choice, check_name, choose
 from .edit import Journal
 from .errors import BackendError, CompatibilityError, IrreversibleError
 from .explain import Explanation, explain
-from .layout import STORAGES, Held, Layout, Sliced, Source, Storage, Stored
-from .record import held_by
+from .layout import DENSE, STORAGES, Form, Layout, Mesh, Part, Sliced, Source, Split, Storage, Stored, held_bytes, stored_splits, take
+from .move import Held, exchange
+from .record import held_by, layout_of
 from .stack import Stack, compose, resolve, stack_of, undo
 from .wrapper import WRAPPERS, Host, Phase, Report, Wrapper
 
 __all__ = [
+    "DENSE",
     "STORAGES",
     "WRAPPERS",
     "Backend",
@@ -17,15 +19,19 @@ __all__ = [
     "Choice",
     "CompatibilityError",
     "Explanation",
+    "Form",
     "Held",
     "Host",
     "IrreversibleError",
     "Journal",
     "Layout",
+    "Mesh",
+    "Part",
     "Phase",
     "Report",
     "Sliced",
     "Source",
+    "Split",
     "Stack",
     "Storage",
     "Stored",
@@ -33,9 +39,14 @@ __all__ = [
     "check_name",
     "choose",
     "compose",
+    "exchange",
     "explain",
     "held_by",
+    "held_bytes",
+    "layout_of",
     "resolve",
     "stack_of",
+    "stored_splits",
+    "take",
     "undo",
 ]

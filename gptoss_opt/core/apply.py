@@ -11,8 +11,9 @@ from torch import nn
 from .conflicts import holder_of
 from .edit import Journal
 from .errors import BackendError, IrreversibleError
-from .layout import Layout, Source, move
-from .record import RECORD, Applied, Record, record_of
+from .layout import Layout, Source
+from .move import move
+from .record import RECORD, Applied, Record, record_of, standing
 from .wrapper import Report, Wrapper
 
 Wrappers = tuple[Wrapper, ...]
@@ -25,24 +26,31 @@ def move_to(model: nn.Module, target: Wrappers, prefix: int, source: Source | No
     On a failure half-way the model is put back as it was.
     """
     before = tuple(applied.wrapper for applied in record_of(model).applied)
-    if stuck := [wrapper for wrapper in before[prefix:] if not wrapper.reversible]:
+    if stuck := [wrapper for wrapper in before[prefix:] if not wrapper.reversible and wrapper not in target]:
         raise IrreversibleError(
             f"{', '.join(map(repr, stuck))} cannot be taken off: it dropped data. Reload the model and wrap it anew."
         )
+    layout = _layout_of(target, model)
     record = model.__dict__.setdefault(RECORD, Record())
-    held = record.held
+    # What modules compute with lies under all that wrappers put around them.
+    prefix = prefix if layout.mesh == record.layout.mesh else 0
+    held, old = record.held, record.layout
     moved = None
     try:
         _detach_from(model, record, prefix)
-        moved = move(model, held, _layout_of(target, model), source)
+        if not prefix:
+            record.laid_out.undo(model)
+        moved = move(model, held, layout, source)
         record.held = moved.held
-        _attach_all(model, record, target)
+        _attach_all(model, record, layout, target)
     except BaseException:
         _detach_from(model, record, prefix)
+        if not prefix:
+            record.laid_out.undo(model)
         if moved:
-            moved.undo(model)
+            moved.undo()
         record.held = held
-        _attach_all(model, record, before)
+        _attach_all(model, record, old, before)
         raise
     finally:
         if not record.applied:
@@ -65,9 +73,9 @@ def length_of_prefix(model: nn.Module, record: Record, target: Wrappers, *, choo
     """
     if not all(how.stands(model, parameter) for parameter, how in record.held.items()):
         return 0
-    for length, (applied, wanted) in enumerate(zip(record.applied, target, strict=False)):
-        same = applied.wrapper == wanted and applied.holder == holder_of(wanted, target)
-        if not same or not applied.journal.intact(model):
+    there = zip(record.applied, target, standing(record, model), strict=False)
+    for length, (applied, wanted, stands) in enumerate(there):
+        if applied.wrapper != wanted or applied.holder != holder_of(wanted, target) or not stands:
             return length
         if choose_anew and _outdated(applied, model):
             return length
@@ -91,7 +99,10 @@ def _detach_from(model: nn.Module, record: Record, length: int) -> None:
         record.applied.pop()
 
 
-def _attach_all(model: nn.Module, record: Record, target: Wrappers) -> None:
+def _attach_all(model: nn.Module, record: Record, layout: Layout, target: Wrappers) -> None:
+    record.layout = layout
+    if layout.mesh is not None and not record.laid_out.edits:
+        record.laid_out, _ = _journaled(model, functools.partial(layout.mesh.lay_out, model, layout))
     for wrapper in target[len(record.applied) :]:
         if holder := holder_of(wrapper, target):
             report = Report((f"stands by: {holder[0]!r} holds {holder[1]}",))

@@ -41,9 +41,15 @@ class SetAttribute:
     old: Any
     new: Any
 
-    def intact(self, model: nn.Module) -> bool:
-        """Whether the attribute still is what we set."""
-        return _is_ours(getattr(resolve_path(model, self.path), self.name, MISSING), self.new)
+    def intact(self, model: nn.Module, below: dict[tuple[str, str], Any] | None = None) -> bool:
+        """Whether the attribute still is what we set.
+
+        Going through edits from the last to the first, `below` tells what later ones found, and is told what this did.
+        """
+        below = {} if below is None else below
+        now = below.get((self.path, self.name), getattr(resolve_path(model, self.path), self.name, MISSING))
+        below[self.path, self.name] = self.old
+        return _is_ours(now, self.new)
 
     def undo(self, model: nn.Module) -> None:
         # What the user has set since stays as the user set it.
@@ -68,7 +74,7 @@ class AddPreHook:
         self.__dict__.update(state)
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
 
-    def intact(self, model: nn.Module) -> bool:
+    def intact(self, model: nn.Module, below: dict[tuple[str, str], Any] | None = None) -> bool:
         """Whether the hook is still there."""
         return self.hook_id in resolve_path(model, self.path)._forward_pre_hooks
 
@@ -79,6 +85,29 @@ class AddPreHook:
 
 
 Edit = SetAttribute | AddPreHook
+
+
+@dataclass(frozen=True, eq=False)
+class ClassForward:
+    """The forward that the class of a module defines."""
+
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """A forward of a module around the one it had: `function(data, module, inner, ...)`."""
+
+    function: Callable[..., Any]
+    data: Any
+    module: nn.Module
+    inner: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.data, self.module, self.inner, *args, **kwargs)
 
 
 @dataclass
@@ -94,6 +123,15 @@ class Journal:
         setattr(owner, name, value)
         self.edits.append(edit)
 
+    def around(self, model: nn.Module, path: str, function: Callable[..., Any], data: Any) -> None:
+        """Let `function(data, module, inner, ...)` be the forward of the module at `path`; `inner(...)` is what it was.
+
+        `function` is a module-level one and `data` is plain, so that the model can still be copied and pickled.
+        """
+        module = resolve_path(model, path)
+        inner = module.__dict__.get("forward") or ClassForward(module)
+        self.set(model, path, "forward", Around(function, data, module, inner))
+
     def add_pre_hook(self, model: nn.Module, path: str, hook: Callable[..., Any]) -> None:
         """Register `hook(module, args, kwargs)` before the forward of the module at `path`.
 
@@ -101,10 +139,6 @@ class Journal:
         """
         handle = resolve_path(model, path).register_forward_pre_hook(hook, with_kwargs=True)
         self.edits.append(AddPreHook(path, handle.id))
-
-    def intact(self, model: nn.Module) -> bool:
-        """Whether all changes still stand, or the user has changed one of them since."""
-        return all(edit.intact(model) for edit in self.edits)
 
     def undo(self, model: nn.Module) -> None:
         """Put everything back, last change first."""

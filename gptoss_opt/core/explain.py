@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .record import Applied, record_of, wrapped_model
+from .record import Applied, record_of, standing, wrapped_model
 
 HEADINGS = ("wrapper", "what it changed", "backend", "why not the others")
 WIDTHS = (34, 44, 10, 44)
@@ -73,9 +73,9 @@ def _table(rows: list[tuple[tuple[str, ...], ...]]) -> list[str]:
     return lines
 
 
-def _row(applied: Applied, model: nn.Module) -> Row:
+def _row(applied: Applied, stands: bool) -> Row:
     choice = applied.report.choice
-    since = () if applied.journal.intact(model) else ("changed by you since: apply it again, or undo it",)
+    since = () if stands else ("changed by you since: apply it again, or undo it",)
     return Row(
         repr(applied.wrapper),
         (*applied.report.changed, *since),
@@ -96,6 +96,7 @@ def explain(model: nn.Module) -> Explanation:
         'torch'
     """
     inner = wrapped_model(model)
-    rows = tuple(_row(applied, inner) for applied in record_of(inner).applied)
+    record = record_of(inner)
+    rows = tuple(map(_row, record.applied, standing(record, inner)))
     count = f"{len(rows)} wrapper{'s' * (len(rows) > 1)}" if rows else "no wrappers"
     return Explanation(f"{type(inner).__name__}: {count}", rows)

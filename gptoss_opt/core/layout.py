@@ -1,18 +1,59 @@
-"""Layout: how each parameter is stored. Wrappers edit it as data; one executor moves the bytes.
-
-The bytes come from a source: the tensors that the model has now, or a checkpoint. So wrapping a model and loading one
-are the same thing.
-"""
+"""Layout: how each parameter is stored, and which slice of it each rank holds. Wrappers edit it as data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from .edit import Journal
+
+Part = range | tuple[int, ...]
+"""Indices along one dimension, ascending."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One dimension of a parameter, spread over the ranks of a mesh axis.
+
+    Attributes:
+        dim: the dimension.
+        axis: the name of the axis.
+        parts: the indices that each rank holds, by its coordinate on the axis. Each index is in one of them.
+    """
+
+    dim: int
+    axis: str
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Of the whole dimension."""
+        return sum(map(len, self.parts))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a parameter is held: in which storage, and which slice of it by each rank.
+
+    Attributes:
+        storage: the name of its storage.
+        splits: its dimensions that are spread over ranks, each over another axis.
+        added: axes over whose ranks the result is summed up, to which the parameter is added: it counts on one of them.
+    """
+
+    storage: str = "dense"
+    splits: tuple[Split, ...] = ()
+    added: tuple[str, ...] = ()
+
+    def index(self, coordinate: Mapping[str, int]) -> dict[int, Part]:
+        """The indices that the rank at a `coordinate` (by axis) holds, for each dimension that is split."""
+        return {split.dim: split.parts[coordinate[split.axis]] for split in self.splits}
 
 
 @dataclass(frozen=True)
@@ -39,7 +80,7 @@ class Sliced(Protocol):
 
 
 class Storage(Protocol):
-    """A way to hold a parameter as one tensor or more, beside plain dense."""
+    """A way to hold a parameter as one tensor or more."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -52,143 +93,153 @@ class Storage(Protocol):
         """The dense values."""
         ...
 
+    def split(self, split: Split) -> Split:
+        """Where a split of the dense parameter falls in the stored tensors. `ValueError` if it would tear one value."""
+        ...
 
-STORAGES: dict[str, Storage] = {}
+    def num_bytes(self, num_values: int, itemsize: int) -> int:
+        """Of so many values, whose dense ones have `itemsize` bytes each."""
+        ...
+
+
+class Dense:
+    """Plain: the parameter as it is."""
+
+    name: str = "dense"
+    suffixes: tuple[str, ...] = ("",)
+
+    def encode(self, dense: Sliced) -> Stored:
+        """The tensor itself."""
+        assert isinstance(dense, Tensor)
+        return Stored({"": dense})
+
+    def decode(self, tensors: Mapping[str, Sliced], dtype: torch.dtype) -> Tensor:
+        """The tensor itself."""
+        dense = tensors[""]
+        assert isinstance(dense, Tensor)
+        return dense
+
+    def split(self, split: Split) -> Split:
+        """The split itself."""
+        return split
+
+    def num_bytes(self, num_values: int, itemsize: int) -> int:
+        """Of so many values."""
+        return num_values * itemsize
+
+
+DENSE = Dense()
+STORAGES: dict[str, Storage] = {DENSE.name: DENSE}
 """Every storage by name: how a journal, which is plain data, finds it again."""
 
-Source = Callable[[str, Storage], Stored]
-"""Where the bytes come from: gives a parameter, by its dense name, as a storage holds it."""
+Source = Callable[[str, Form, Mapping[int, Part]], Stored]
+"""Where the bytes come from: gives a slice of a parameter, by its dense name and indices, in the storage of a form."""
+
+
+class Mesh(Protocol):
+    """The ranks that hold a model together. Equal by value."""
+
+    @property
+    def coordinate(self) -> Mapping[str, int]:
+        """Where this rank is, by axis."""
+        ...
+
+    def parameter(self, local: Tensor, splits: Sequence[Split], requires_grad: bool) -> nn.Parameter:
+        """A parameter of which this rank holds `local`."""
+        ...
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether it is one made by `parameter`."""
+        ...
+
+    def local(self, parameter: Tensor) -> Tensor:
+        """What this rank holds of it, without gradient."""
+        ...
+
+    def whole(self, local: Tensor, splits: Sequence[Split]) -> Tensor:
+        """The whole tensor, gathered from the ranks; all of them must ask for it."""
+        ...
+
+    def lay_out(self, model: nn.Module, layout: Layout, journal: Journal) -> None:
+        """Let every module compute with what this rank holds of its parameters."""
+        ...
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The storage of each parameter that is not dense, by the name the parameter has when it is. Pure data.
+    """How each parameter is held that is not dense and whole, by the name that it has when it is. Pure data.
+
+    Attributes:
+        forms: how each is held.
+        mesh: the ranks that hold the model together; None if this process holds all of it.
 
     Example:
-        >>> Layout().store(["experts.down_proj"], "mxfp4").storages
-        {'experts.down_proj': 'mxfp4'}
+        >>> layout = Layout().store(["experts.down_proj"], "mxfp4")
+        >>> layout.split(["experts.down_proj"], Split(0, "ep", (range(0, 2), range(2, 4)))).forms
+        {'experts.down_proj': Form(storage='mxfp4', splits=(Split(dim=0, axis='ep', parts=(range(0, 2), range(2, 4))),), added=())}
     """
 
-    storages: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    mesh: Mesh | None = None
+
+    def form(self, parameter: str) -> Form:
+        """How a parameter is to be held."""
+        return self.forms.get(parameter, Form())
+
+    @property
+    def storages(self) -> dict[str, str]:
+        """The storage of each parameter that is not dense."""
+        return {name: form.storage for name, form in self.forms.items() if form.storage != DENSE.name}
 
     def store(self, parameters: Iterable[str], storage: str) -> Layout:
         """This layout with `parameters` in `storage`."""
-        return replace(self, storages={**self.storages, **dict.fromkeys(parameters, storage)})
+        return self._with({name: replace(self.form(name), storage=storage) for name in parameters})
+
+    def split(self, parameters: Iterable[str], split: Split) -> Layout:
+        """This layout with one dimension of `parameters` spread over ranks."""
+        old = {name: self.form(name) for name in parameters}
+        return self._with({name: replace(form, splits=(*form.splits, split)) for name, form in old.items()})
+
+    def add_once(self, parameters: Iterable[str], axis: str) -> Layout:
+        """This layout with `parameters` added once to a sum over the ranks of an axis."""
+        old = {name: self.form(name) for name in parameters}
+        return self._with({name: replace(form, added=(*form.added, axis)) for name, form in old.items()})
+
+    def over(self, mesh: Mesh) -> Layout:
+        """This layout on the ranks of `mesh`."""
+        return replace(self, mesh=mesh)
+
+    def _with(self, forms: Mapping[str, Form]) -> Layout:
+        return replace(self, forms={**self.forms, **forms})
 
 
-@dataclass(frozen=True)
-class Held:
-    """How a parameter that is not dense is held.
+def held_bytes(shape: Sequence[int], itemsize: int, form: Form, coordinate: Mapping[str, int]) -> int:
+    """The bytes that the rank at a coordinate holds of a parameter whose dense shape is `shape`.
 
-    Attributes:
-        storage: the name of its storage.
-        sqnr: how exactly, as signal-to-quantisation-noise ratio in dB.
-        requires_grad: whether the dense parameter took gradients.
+    Example:
+        >>> held_bytes([6, 4], 2, Form(splits=(Split(0, "tp", (range(0, 4), range(4, 6))),)), {"tp": 1})
+        16
     """
-
-    storage: str
-    sqnr: float
-    requires_grad: bool
-
-    def names(self, name: str) -> list[str]:
-        """What it is called by its module, where the dense parameter is called `name`."""
-        return [f"{name}{suffix}" for suffix in STORAGES[self.storage].suffixes]
-
-    def stands(self, model: nn.Module, parameter: str) -> bool:
-        """Whether the model still holds it so, or the user has changed that since."""
-        module, name = _place(model, parameter)
-        return name not in module._parameters and all(one in module._parameters for one in self.names(name))
+    index = form.index(coordinate)
+    num_values = math.prod(len(index.get(dim, range(size))) for dim, size in enumerate(shape))
+    return STORAGES[form.storage].num_bytes(num_values, itemsize)
 
 
-def _place(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
-    path, _, name = parameter.rpartition(".")
-    return model.get_submodule(path), name
+def take(tensor: Tensor, index: Mapping[int, Part]) -> Tensor:
+    """A slice of a tensor: the given indices of some dimensions. A view where they are ranges.
 
-
-def exchange(module: nn.Module, name: str, new: Mapping[str, nn.Parameter], *more: str) -> None:
-    """Put parameters `new` in the place of `name` (and `more`) of a module, where the order of parameters has them."""
-    parameters = [
-        pair
-        for key, value in module._parameters.items()
-        for pair in (new.items() if key == name else () if key in more else ((key, value),))
-    ]
-    module._parameters.clear()
-    module._parameters.update(parameters)
-
-
-Tensors = Mapping[str, nn.Parameter]
-
-
-@dataclass
-class Move:
-    """The parameters that went from one layout into another, until it is settled that they stay: then drop it.
-
-    Attributes:
-        held: how the parameters that are not dense are held now.
-        exchanged: for each parameter, what was exchanged for what.
+    Example:
+        >>> take(torch.arange(6).view(2, 3), {0: (1,), 1: range(0, 2)})
+        tensor([[3, 4]])
     """
-
-    held: dict[str, Held]
-    exchanged: list[tuple[str, Tensors, Tensors]] = field(default_factory=list[tuple[str, Tensors, Tensors]])
-
-    def exchange(self, model: nn.Module, parameter: str, old: list[str], new: Tensors) -> None:
-        """Put `new` in the place of the parameters called `old`."""
-        module, _ = _place(model, parameter)
-        before = {name: module.get_parameter(name) for name in old}
-        exchange(module, old[0], new, *old[1:])
-        self.exchanged.append((parameter, before, new))
-
-    def undo(self, model: nn.Module) -> None:
-        """Put the old parameters back, bit for bit."""
-        while self.exchanged:
-            parameter, before, new = self.exchanged.pop()
-            first, *more = new
-            exchange(_place(model, parameter)[0], first, before, *more)
+    for dim, part in index.items():
+        if isinstance(part, range):
+            tensor = tensor.narrow(dim, part.start, len(part))
+        else:
+            tensor = tensor.index_select(dim, torch.tensor(part, device=tensor.device))
+    return tensor
 
 
-@torch.inference_mode(False)
-def move(model: nn.Module, held: Mapping[str, Held], layout: Layout, source: Source | None = None) -> Move:
-    """Bring the parameters of `model` into `layout`, from `source` or else from the tensors it has now.
-
-    Only those move that are held otherwise than `layout` wants them. All are made before the first is exchanged.
-
-    Args:
-        model: to be changed.
-        held: how its parameters are held now, where they are not dense.
-        layout: how they are to be held.
-        source: where their values come from, if not from the model.
-    """
-    held = {parameter: how for parameter, how in held.items() if how.stands(model, parameter)}
-    stay = {parameter for parameter, how in held.items() if layout.storages.get(parameter) == how.storage}
-    coming = {parameter: storage for parameter, storage in layout.storages.items() if parameter not in stay}
-    going = {parameter: how for parameter, how in held.items() if parameter not in stay}
-    dense = {parameter: _decoded(model, parameter, how) for parameter, how in going.items()}
-
-    def read(parameter: str, storage: Storage) -> Stored:
-        tensor = dense[parameter] if parameter in dense else model.get_parameter(parameter)
-        return storage.encode(tensor.detach())
-
-    # A source shows its own progress. A small model is done before the bar would show.
-    bar = tqdm(coming.items(), desc="packing", unit="tensor", delay=2, leave=False, disable=source is not None)
-    stored = {parameter: (source or read)(parameter, STORAGES[storage]) for parameter, storage in bar}
-    done = Move({parameter: held[parameter] for parameter in held if parameter in stay})
-    for parameter, how in going.items():
-        name = _place(model, parameter)[1]
-        done.exchange(model, parameter, how.names(name), {name: dense[parameter]})
-    for parameter, storage in coming.items():
-        name = _place(model, parameter)[1]
-        requires_grad = model.get_parameter(parameter).requires_grad
-        new = {f"{name}{suffix}": tensor for suffix, tensor in stored[parameter].tensors.items()}
-        frozen = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in new.items()}
-        done.exchange(model, parameter, [name], frozen)
-        done.held[parameter] = Held(storage, stored[parameter].sqnr, requires_grad)
-    return done
-
-
-def _decoded(model: nn.Module, parameter: str, how: Held) -> nn.Parameter:
-    module, name = _place(model, parameter)
-    storage = STORAGES[how.storage]
-    tensors = {suffix: module.get_parameter(f"{name}{suffix}") for suffix in storage.suffixes}
-    # The model may have been cast since: the rest of the module tells.
-    dtype = next(value.dtype for value in module.parameters() if value.is_floating_point())
-    return nn.Parameter(storage.decode(tensors, dtype), requires_grad=how.requires_grad)
+def stored_splits(form: Form) -> list[Split]:
+    """The splits of a form as they fall in its stored tensors."""
+    return [STORAGES[form.storage].split(split) for split in form.splits]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from .edit import Journal
-from .layout import Held
+from .layout import Layout
+from .move import Held
 from .wrapper import Host, Report, Wrapper
 
 RECORD = "_gptoss_opt_record"
@@ -29,12 +31,16 @@ class Record:
 
     Attributes:
         private: by host, how the model got its own copy of what it may share.
-        held: the parameters that are not dense, by the name they have when they are.
+        layout: how the parameters are to be held.
+        held: those that are not plain dense ones, by the name they have when they are.
+        laid_out: what was changed so that modules compute with what this rank holds.
         applied: the wrappers.
     """
 
     private: list[tuple[Host, Journal]] = field(default_factory=list[tuple[Host, Journal]])
+    layout: Layout = field(default_factory=Layout)
     held: dict[str, Held] = field(default_factory=dict[str, Held])
+    laid_out: Journal = field(default_factory=Journal)
     applied: list[Applied] = field(default_factory=list[Applied])
 
 
@@ -51,5 +57,22 @@ def record_of(model: nn.Module) -> Record:
 
 
 def held_by(model: nn.Module) -> dict[str, Held]:
-    """The parameters of a model that are not dense, by the name they have when they are."""
+    """The parameters of a model that are not plain dense ones, by the name they have when they are."""
     return dict(record_of(model).held)
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """How the parameters of a model are to be held: while wrappers attach, the finished layout."""
+    return record_of(model).layout
+
+
+def standing(record: Record, model: nn.Module) -> list[bool]:
+    """For each wrapper, whether all its changes still stand, or the user has changed one of them since.
+
+    What a later wrapper has set over an earlier one's change leaves that standing.
+    """
+    below: dict[tuple[str, str], Any] = {}
+    stands = []
+    for applied in reversed(record.applied):
+        stands.append(all([edit.intact(model, below) for edit in reversed(applied.journal.edits)]))
+    return stands[::-1]

@@ -74,7 +74,8 @@ class Stack:
 
     def to_json(self) -> str:
         """The stack as JSON: a list of `{"wrapper": name, "options": {option: value, ...}}`."""
-        return json.dumps([{"wrapper": wrapper.name, "options": wrapper.options()} for wrapper in self])
+        rows = [{"wrapper": wrapper.name, "options": wrapper.options()} for wrapper in self]
+        return json.dumps(rows, default=_belongs_to_this_run)
 
     @classmethod
     def from_json(cls, text: str) -> Stack:
@@ -97,8 +98,16 @@ def _from_json(name: str, options: dict[str, Any]) -> Wrapper:
     known = {option.name for option in fields(WRAPPERS[name])}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"{name} has no option {', '.join(map(repr, unknown))}. It has {', '.join(sorted(known))}.")
+    return WRAPPERS[name](**{key: _from_lists(value) for key, value in options.items()})
+
+
+def _belongs_to_this_run(value: object) -> Any:
+    raise TypeError(f"{value!r} belongs to this run, and JSON cannot hold it. Give the wrapper `degree` instead of a mesh.")
+
+
+def _from_lists(value: Any) -> Any:
     # JSON has no tuples, and an option is never a list: wrappers are compared and hashed by value.
-    return WRAPPERS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+    return tuple(map(_from_lists, value)) if isinstance(value, list) else value
 
 
 def stack_of(model: nn.Module) -> Stack:
@@ -137,6 +146,14 @@ def resolve(wrappers: Iterable[Wrapper], model: nn.Module | None = None) -> Stac
 
     Equal wrappers count once. All problems are collected, then raised together as one `CompatibilityError`.
     """
+    stack, problems = _examined(wrappers, model)
+    if problems:
+        raise CompatibilityError(problems)
+    return Stack(tuple(stack))
+
+
+def _examined(wrappers: Iterable[Wrapper], model: nn.Module | None) -> tuple[list[Wrapper], list[str]]:
+    """The wrappers in canonical order, and what stands in the way."""
     distinct: list[Wrapper] = []
     for wrapper in wrappers:
         if wrapper not in distinct:
@@ -145,6 +162,16 @@ def resolve(wrappers: Iterable[Wrapper], model: nn.Module | None = None) -> Stac
     problems = list(conflicts(stack))
     if model is not None:
         problems += _model_problems(stack, model)
+    return stack, problems
+
+
+def agreed(wrappers: Iterable[Wrapper], model: nn.Module) -> Stack:
+    """`resolve`, with the other processes that hold the model together, if there are any."""
+    stack, problems = _examined(wrappers, model)
+    for wrapper in stack:
+        if found := wrapper.confer(model, stack, problems):
+            problems += found
+            break
     if problems:
         raise CompatibilityError(problems)
     return Stack(tuple(stack))
@@ -196,7 +223,7 @@ def apply(model: Model, wrappers: Sequence[Wrapper], source: Source | None = Non
     present = tuple(applied.wrapper for applied in record.applied)
     # What is there already, and as it should be, needs no checking: the model may have been compiled since.
     if length_of_prefix(model, record, present) < len(present) or any(new not in present for new in wrappers):
-        target = resolve((*present, *wrappers), model).wrappers
+        target = agreed((*present, *wrappers), model).wrappers
         move_to(model, target, length_of_prefix(model, record, target), source)
     return model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol, TypeVar, overload
@@ -82,7 +82,8 @@ class Wrapper:
         yields: slots that it takes unless another wrapper claims them; then it stands by and changes nothing.
         provides: traits that the wrapped model has.
         refuses: traits it cannot live with, each with why and what to do instead.
-        reversible: whether `undo` can take it off.
+        reversible: whether `undo` can take it off. One that cannot be may still be taken off and put on again, with the
+            parameters as they are, when another goes before it.
     """
 
     name: ClassVar[str]
@@ -102,6 +103,14 @@ class Wrapper:
     def check(self, model: nn.Module) -> Iterable[str]:
         """Problems with this very model, as sentences. Touches nothing."""
         return ()
+
+    def confer(self, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
+        """Problems that other processes have with this stack, or that they have another one; theirs, as sentences.
+
+        For a wrapper that makes several processes work together: each calls this before anything is touched, with its
+        own `problems`, so that none goes on while another cannot.
+        """
+        return []
 
     def choice(self, model: nn.Module) -> Choice | None:
         """The backend for this very model as it is now; None for a wrapper that has none. Touches nothing.

@@ -40,6 +40,44 @@ class _AllReduceGradient(torch.autograd.Function):
         return gradient, None
 
 
+class _AllGatherLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, distributed.get_rank(group)
+        padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].split(ctx.sizes, -1)[ctx.rank].contiguous(), None, None
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: list[ProcessGroup], num_ranks: int) -> Tensor:
+        ctx.groups, ctx.num_ranks = groups, num_ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = grads[0] / ctx.num_ranks
+        for group in ctx.groups:
+            distributed.all_reduce(gradient, group=group)
+        return gradient, None, None
+
+
+class _AddOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, here: bool) -> Tensor:
+        return x.view_as(x) if here else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
@@ -62,6 +100,27 @@ def all_reduce_output(x: Tensor, group: ProcessGroup) -> Tensor:
 def all_reduce_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
     """`x`, which is the same on all ranks; its gradient is the sum of every rank's."""
     return cast(Tensor, _AllReduceGradient.apply(x, group))
+
+
+def all_gather_last(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Every rank's `x` side by side along the last dimension; `sizes` are the widths, by rank.
+
+    All ranks go on with the same result and have the same gradient of it: each takes its own part.
+    """
+    return cast(Tensor, _AllGatherLast.apply(x, list(sizes), group))
+
+
+def mean_gradient(x: Tensor, groups: Sequence[ProcessGroup], num_ranks: int) -> Tensor:
+    """`x`; its gradient is summed over the ranks of each group, and divided by `num_ranks`."""
+    return cast(Tensor, _MeanGradient.apply(x, list(groups), num_ranks))
+
+
+def add_once(x: Tensor, here: bool) -> Tensor:
+    """`x` if it is added `here`, else zeros, where the results of several ranks are summed up.
+
+    Its gradient is the same either way: that of the sum, which all ranks know.
+    """
+    return cast(Tensor, _AddOnce.apply(x, here))
 
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:

@@ -1,13 +1,16 @@
-"""Starting torch.distributed, and the mesh of its ranks."""
+"""Starting torch.distributed, and the meshes of its ranks."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from torch import distributed
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TIMEOUT = timedelta(minutes=3)
@@ -29,7 +32,7 @@ def init_distributed(
 
     Args:
         shape: ranks along each axis; all of them on one if it is left out.
-        axes: the name of each axis.
+        axes: the name of each axis. Along those that begin with "dp" ranks have tokens of their own.
         device: "cuda" for NCCL or "cpu" for Gloo; CUDA where there is one, if it is left out.
         timeout: after which a rank that waits for another gives up with an error.
 
@@ -56,3 +59,89 @@ def init_distributed(
             "for each axis."
         )
     return init_device_mesh(kind, shape, mesh_dim_names=tuple(axes))
+
+
+def check_axis(mesh: object, degree: object, what: str) -> None:
+    """Raise `TypeError` or `ValueError` unless these can be a mesh axis and a number of ranks."""
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"{what}: mesh is {mesh!r}, not an axis of a DeviceMesh, such as init_distributed()['tp'].")
+    if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
+        raise ValueError(f"{what}: degree is {degree!r}. Give a number of ranks, from 1 up.")
+
+
+def axis_name(mesh: DeviceMesh) -> str:
+    """The name of a mesh axis."""
+    return str(cast(Any, mesh).mesh_dim_names[0])
+
+
+def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.device) -> str | None:
+    """Why a model on `device` cannot be spread over these ranks, or None. Without a mesh it is the processes there are."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return (
+            "there is no process group. Start the script with torchrun, and begin it with "
+            f"gptoss_opt.init_distributed():  {LAUNCH}"
+        )
+    if mesh is None:
+        num_ranks = distributed.get_world_size()
+        if degree is not None and num_ranks % degree:
+            return f"degree={degree} does not divide the {num_ranks} processes there are. Start a multiple of {degree}."
+        return None
+    if mesh.mesh_dim_names is None:
+        return "the mesh has no axis names. Make it with gptoss_opt.init_distributed(shape, axes)."
+    if mesh.ndim != 1:
+        first = mesh.mesh_dim_names[-1]
+        return f"the mesh has {mesh.ndim} axes, {mesh.mesh_dim_names}. Give one of them, such as mesh={first!r}: mesh[{first!r}]."
+    if degree is not None and degree != mesh.size():
+        return f"degree={degree}, but axis {mesh.mesh_dim_names[0]!r} of the mesh has {mesh.size()} ranks. Give one of them."
+    if mesh.device_type != device.type:
+        return f"the mesh is of {mesh.device_type} ranks, and the model is on {device}. Move the model first, or make a mesh of {device.type}."
+    return None
+
+
+def degree_of(mesh: DeviceMesh | None, degree: int | None) -> int:
+    """Over how many ranks a model is spread."""
+    return mesh.size() if mesh is not None else degree or distributed.get_world_size()
+
+
+def axis_of(mesh: DeviceMesh | None, degree: int | None, device: torch.device) -> DeviceMesh:
+    """The mesh axis: the one given, or neighbouring processes; groups of them are data parallel to each other."""
+    if mesh is not None:
+        return mesh
+    num_ranks = distributed.get_world_size()
+    return _neighbours(num_ranks // (degree or num_ranks), degree or num_ranks, device.type, _world())
+
+
+def _world() -> ProcessGroup:
+    group = distributed.group.WORLD
+    assert group is not None
+    return group
+
+
+@functools.lru_cache
+def _neighbours(replicas: int, degree: int, kind: str, world: ProcessGroup) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(kind, (degree,), mesh_dim_names=("tp",))
+    return init_device_mesh(kind, (replicas, degree), mesh_dim_names=("dp", "tp"))["tp"]
+
+
+def root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that this one was cut out of, or itself."""
+    return cast(DeviceMesh, cast(Any, mesh)._get_root_mesh())
+
+
+def join(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
+    """The mesh of the axes of both. Raises `ValueError` unless they are axes of one mesh."""
+    root = root_of(first)
+    names = (*cast(Any, first).mesh_dim_names, *cast(Any, second).mesh_dim_names)
+    ordered = tuple(name for name in cast(Any, root).mesh_dim_names if name in names)
+    if root != root_of(second) or set(ordered) != set(names):
+        raise ValueError(
+            f"{first} and {second} are no axes of one mesh. Make one, and give an axis of it to each: "
+            'mesh = gptoss_opt.init_distributed((2, 2), ("ep", "tp")); mesh["ep"], mesh["tp"].'
+        )
+    return root if root.mesh_dim_names == ordered else root[ordered]
+
+
+def ranks_of(mesh: DeviceMesh | None) -> list[int]:
+    """All ranks of the mesh that this one was cut out of; all there are if there is none."""
+    return sorted(root_of(mesh).mesh.flatten().tolist()) if mesh else list(range(distributed.get_world_size()))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,12 +13,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import GenerationConfig, GptOssForCausalLM
 
-from ..core import Storage, Stored
-from ..core.layout import exchange
+from ..core import DENSE, STORAGES, Form, Part, Split, Stored, exchange, held_by
 from ..kernels import memory
 from ..kernels.mxfp4 import BLOCK
 from .checkpoint import Checkpoint, CheckpointError
 from .experts import MXFP4, expert_parameters
+
+Index = Mapping[int, Part]
+NOTHING: Index = {}
 
 
 def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> GptOssForCausalLM:
@@ -83,51 +85,84 @@ class Weights:
         names = tuple(name for name, _ in model.named_parameters())
         return cls(checkpoint, names, packed, sum(checkpoint.tensors[key].num_bytes for key in keys))
 
-    def read(self, key: str) -> Tensor:
-        """A tensor of the checkpoint, in memory of its own."""
+    def read(self, key: str, index: Index = NOTHING) -> Tensor:
+        """A tensor of the checkpoint, or a slice of it, in memory of its own."""
         info = self.checkpoint.tensors[key]
-        return self.checkpoint.read(key, out=memory.empty(info.shape, info.dtype), on_bytes=self.on_bytes)
+        shape = [len(index.get(dim, range(size))) for dim, size in enumerate(info.shape)]
+        out = memory.empty(shape, info.dtype)
+        for part, bounds in _runs(index, len(info.shape)):
+            self.checkpoint.read(key, bounds, out=out[part], on_bytes=self.on_bytes)
+        return out
 
-    def stored(self, parameter: str, storage: Storage, like: Tensor) -> Stored:
-        """A parameter in `storage`, where `like` is: read as it is, or packed from dense."""
-        if parameter in self.packed and storage.name == MXFP4.name:
-            return Stored({suffix: self.read(parameter + suffix).to(like.device) for suffix in storage.suffixes})
-        return storage.encode(InFile(self, parameter, like.device, like.dtype))
+    def stored(self, parameter: str, form: Form, index: Index, like: Tensor) -> Stored:
+        """A slice of a parameter in the storage of a form, where `like` is: read as it is, packed, or dequantised."""
+        storage = STORAGES[form.storage]
+        if form.storage == DENSE.name:
+            return Stored({"": self.dense(parameter, form, index, like)})
+        if parameter in self.packed and form.storage == MXFP4.name:
+            inside = _in_storage(form.splits, index)
+            return Stored({suffix: self.read(parameter + suffix, inside).to(like.device) for suffix in storage.suffixes})
+        return storage.encode(InFile(self, parameter, like.device, like.dtype, index))
 
-    def dense(self, parameter: str, like: Tensor) -> Tensor:
-        """A parameter in the dtype and on the device of `like`."""
+    def dense(self, parameter: str, form: Form, index: Index, like: Tensor) -> Tensor:
+        """A slice of a parameter in the dtype and on the device of `like`."""
         if parameter not in self.packed:
-            return self.read(parameter).to(like.device, like.dtype)
-        tensors = {suffix: InFile(self, parameter + suffix, like.device, torch.uint8) for suffix in MXFP4.suffixes}
-        return MXFP4.decode(tensors, like.dtype)
+            return self.read(parameter, index).to(like.device, like.dtype)
+        inside = _in_storage(form.splits, index)
+        files = {s: InFile(self, parameter + s, like.device, torch.uint8, inside) for s in MXFP4.suffixes}
+        return MXFP4.decode(files, like.dtype)
+
+
+def _in_storage(splits: Iterable[Split], index: Index) -> Index:
+    """Where a slice of a dense expert weight is in its blocks and scales."""
+    moved = (MXFP4.split(replace(split, parts=(index[split.dim],))) for split in splits)
+    return {split.dim: split.parts[0] for split in moved}
+
+
+def _runs(index: Index, num_dims: int) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+    """A slice as parts that are contiguous along the first dimension: where each goes, and its bounds in the tensor."""
+    rest = (index.get(dim, slice(None)) for dim in range(1, num_dims))
+    bounds = tuple(slice(part.start, part.stop) for part in rest if isinstance(part, range | slice))
+    assert len(bounds) == max(num_dims - 1, 0), "only the first dimension is spread otherwise than in ranges"
+    first = index.get(0, slice(None))
+    if isinstance(first, tuple):
+        for place, number in enumerate(first):
+            yield slice(place, place + 1), (slice(number, number + 1), *bounds)
+    else:
+        yield slice(None), (slice(first.start, first.stop), *bounds) if num_dims else ()
 
 
 @dataclass(frozen=True)
 class InFile:
-    """A tensor that stays in its file, and is read slice by slice along its first dimension."""
+    """A tensor, or a slice of it, that stays in its file, and is read along its first dimension one by one."""
 
     weights: Weights
     key: str
     device: torch.device
     dtype: torch.dtype
+    index: Index = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.weights.checkpoint.tensors[self.key].shape
+        """The shape of the slice."""
+        sizes = self.weights.checkpoint.tensors[self.key].shape
+        return tuple(len(self.index.get(dim, range(size))) for dim, size in enumerate(sizes))
 
-    def __getitem__(self, index: int, /) -> Tensor:
-        part = self.weights.checkpoint.read(self.key, (slice(index, index + 1),), on_bytes=self.weights.on_bytes)
+    def __getitem__(self, number: int, /) -> Tensor:
+        inside = self.index.get(0, range(self.shape[0]))[number]
+        part = self.weights.read(self.key, {**self.index, 0: range(inside, inside + 1)})
         return part[0].to(self.device, self.dtype)
 
 
 def fill(model: nn.Module, weights: Weights) -> None:
     """Give every parameter that is still without memory its weights."""
+    done = held_by(model)
     for name, parameter in list(model.named_parameters()):
-        # What is laid out otherwise has its weights already, and other names.
-        if name in weights.parameters:
+        # What is laid out otherwise has its weights already.
+        if name in weights.parameters and name not in done:
             path, _, last = name.rpartition(".")
-            exchange(model.get_submodule(path), last, {last: nn.Parameter(weights.dense(name, parameter))})
+            value = weights.dense(name, Form(), NOTHING, parameter)
+            exchange(model.get_submodule(path), last, {last: nn.Parameter(value)})
     cast(Any, model).tie_weights()
 
 

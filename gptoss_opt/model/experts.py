@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from ..core import STORAGES, Journal, Sliced, Stored
+from ..core import STORAGES, Journal, Sliced, Split, Stored
 from ..kernels import memory
 from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, Dense, ExpertsRequest, Packed, experts
 from ..kernels.mxfp4 import BLOCK, pack, unpack
@@ -66,6 +67,19 @@ class Mxfp4:
         for e in range(num_experts):
             dense[e] = unpack(blocks[e], scales[e], dtype).T
         return dense
+
+    def split(self, split: Split) -> Split:
+        """`[E, in, out]` as it is in `[E, out, in / 32]`."""
+        if split.dim != 1:
+            return replace(split, dim={0: 0, 2: 1}[split.dim])
+        if any(not isinstance(part, range) or part.start % BLOCK or part.stop % BLOCK for part in split.parts):
+            raise ValueError(f"MXFP4 packs {BLOCK} values of a row together, and the parts {split.parts} tear them.")
+        blocks = (range(part.start // BLOCK, part.stop // BLOCK) for part in split.parts if isinstance(part, range))
+        return replace(split, dim=2, parts=tuple(blocks))
+
+    def num_bytes(self, num_values: int, itemsize: int) -> int:
+        """Half a byte for each value, and one for the scale of each block."""
+        return num_values * (BLOCK // 2 + 1) // BLOCK
 
 
 MXFP4 = Mxfp4()
@@ -129,10 +143,11 @@ def set_packed_format(model: nn.Module, journal: Journal) -> tuple[str, ...]:
 
 
 def _weights(module: Any, projection: str) -> Dense | Packed:
+    # Attributes, not parameters: of a sharded model they are what this rank holds.
     bias = getattr(module, f"{projection}_bias")
     if projection in module._parameters:
-        return Dense(module._parameters[projection], bias)
-    return Packed(module._parameters[f"{projection}_blocks"], module._parameters[f"{projection}_scales"], bias)
+        return Dense(getattr(module, projection), bias)
+    return Packed(getattr(module, f"{projection}_blocks"), getattr(module, f"{projection}_scales"), bias)
 
 
 def experts_forward(

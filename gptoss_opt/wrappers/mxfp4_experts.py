@@ -56,11 +56,12 @@ class Mxfp4Experts(Wrapper):
 def _packing(held: dict[str, Held]) -> list[str]:
     """What became of the weights: a line for those that are exact, and one for each layer that is not."""
     lossy: dict[str, list[str]] = {}
-    for parameter, how in held.items():
+    packed = {parameter: how for parameter, how in held.items() if how.form.storage == MXFP4.name}
+    for parameter, how in packed.items():
         path, _, name = parameter.rpartition(".")
         if how.sqnr < math.inf:
             lossy.setdefault(path, []).append(f"{name} {how.sqnr:.1f} dB")
-    exact = sum(how.sqnr == math.inf for how in held.values())
+    exact = sum(how.sqnr == math.inf for how in packed.values())
     lines = [f"{exact} expert weights packed as MXFP4, exactly"] if exact else []
     return lines + [f"{path} packed as MXFP4, SQNR: {', '.join(values)}" for path, values in lossy.items()]
 

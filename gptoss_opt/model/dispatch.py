@@ -1,0 +1,93 @@
+"""How tokens reach experts that are spread over ranks: all ranks have all tokens, or each has its own.
+
+Legend: T tokens of this rank, K experts per token, H values of a token, N rows that this rank's experts get.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..distributed import Sum, all_to_all
+
+Placement = tuple[tuple[int, ...], ...]
+"""The experts of one layer that each rank holds, ascending."""
+
+
+@dataclass(frozen=True)
+class PartOfExperts:
+    """What this rank has of a layer's experts.
+
+    Attributes:
+        added: over which ranks their results are summed.
+        placement: the experts of each rank; None if every rank has a part of all.
+    """
+
+    added: Sum
+    placement: Placement | None = None
+
+
+@functools.lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _places(placement: Placement, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rank of each expert, and which of that rank's experts it is: int64 [E] each."""
+    places = sorted((e, rank, n) for rank, experts in enumerate(placement) for n, e in enumerate(experts))
+    table = torch.tensor([place[1:] for place in places], device=device)
+    return table[:, 0].contiguous(), table[:, 1].contiguous()
+
+
+def part_of_experts(
+    data: PartOfExperts,
+    module: nn.Module,
+    inner: Callable[..., Tensor],
+    hidden_states: Tensor,
+    router_indices: Tensor,
+    routing_weights: Tensor,
+) -> Tensor:
+    """The experts where ranks share their tokens: each adds what its own give, or what its part of all gives."""
+    if data.placement is not None:
+        ranks, numbers = _places(data.placement, router_indices.device)
+        router_indices = torch.where(ranks == data.added.rank, numbers, -1)[router_indices]
+    into = data.added.into
+    return data.added.out(inner(into(hidden_states), router_indices, into(routing_weights)))
+
+
+def dispatched(
+    data: PartOfExperts,
+    module: nn.Module,
+    inner: Callable[..., Tensor],
+    hidden_states: Tensor,
+    router_indices: Tensor,
+    routing_weights: Tensor,
+) -> Tensor:
+    """The experts where each rank has its own tokens.
+
+    A token goes once to each rank that holds any of its experts, with their indices and weights, and what comes back is
+    already summed: per token at most K rows each way, and at most one for each rank.
+    """
+    assert data.placement is not None
+    ranks, numbers = _places(data.placement, router_indices.device)
+    group, num_ranks, top_k = data.added.group, len(data.placement), router_indices.shape[-1]
+    targets = ranks[router_indices]
+    wanted = torch.stack([(targets == rank).any(-1) for rank in range(num_ranks)])
+    to, tokens = wanted.nonzero(as_tuple=True)
+    counts = wanted.sum(-1)
+    arriving = torch.empty_like(counts)
+    distributed.all_to_all_single(arriving, counts, group=group)
+    sent, received = torch.stack([counts, arriving]).tolist()
+
+    indices = torch.where(targets[tokens] == to[:, None], numbers[router_indices[tokens]], -1)
+    indices = all_to_all(indices, sent, received, group)
+    rows = torch.cat([hidden_states, routing_weights.to(hidden_states.dtype)], -1)[tokens]
+    hidden, weights = all_to_all(rows, sent, received, group).split([hidden_states.shape[-1], top_k], -1)
+    y = all_to_all(inner(hidden.contiguous(), indices, weights.contiguous()), received, sent, group)
+
+    # One rank after the other, so that each sum has one order.
+    out = torch.zeros_like(hidden_states)
+    for from_rank, of_rank in zip(y.split(sent), tokens.split(sent), strict=True):
+        out = out.index_add(0, of_rank, from_rank)
+    return out

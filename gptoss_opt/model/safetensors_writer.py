@@ -1,0 +1,98 @@
+"""Writing safetensors files tensor by tensor, of which one at a time is in memory.
+
+Format: eight bytes with the length of a header in JSON, the header, then the bytes of the tensors one after the other
+(https://huggingface.co/docs/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Described:
+    """A tensor to come: its key, shape and dtype."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_files(tensors: Sequence[Described], max_bytes: int) -> dict[str, list[Described]]:
+    """Which tensors go into which file of a checkpoint: as many as `max_bytes` hold, one at least."""
+    groups: list[list[Described]] = [[]]
+    for tensor in tensors:
+        if groups[-1] and sum(one.num_bytes for one in groups[-1]) + tensor.num_bytes > max_bytes:
+            groups.append([])
+        groups[-1].append(tensor)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
+
+
+def index_of(files: Mapping[str, Sequence[Described]]) -> dict[str, object]:
+    """The index of a checkpoint of several files."""
+    tensors = {tensor.key: (name, tensor) for name, group in files.items() for tensor in group}
+    sizes = {
+        "total_parameters": sum(math.prod(tensor.shape) for _, tensor in tensors.values()),
+        "total_size": sum(tensor.num_bytes for _, tensor in tensors.values()),
+    }
+    return {"metadata": sizes, "weight_map": {key: name for key, (name, _) in sorted(tensors.items())}}
+
+
+class SafetensorsWriter:
+    """An open file that takes the tensors that were described, in their order."""
+
+    def __init__(self, file: Path, tensors: Sequence[Described]) -> None:
+        self.expected = list(tensors)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for one in tensors:
+            offsets = [end, end := end + one.num_bytes]
+            header[one.key] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.stream: BinaryIO = file.open("wb")
+        self.stream.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """The next tensor."""
+        told = self.expected.pop(0)
+        assert (told.key, told.shape, told.dtype) == (key, tuple(tensor.shape), tensor.dtype), (told, key, tensor.shape)
+        self.stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stream.close()
+        assert error or not self.expected, self.expected

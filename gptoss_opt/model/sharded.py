@@ -1,0 +1,94 @@
+"""What a model that several ranks hold together tells its user and the Trainer, and how it generates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from ..core import Journal, Layout, layout_of
+from ..distributed import ModelMesh, disagreements, ranks_of
+from .host import config_paths
+from .save import save_pretrained
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
+
+
+def over_axis(layout: Layout, axis: DeviceMesh, *, own_tokens: bool = False) -> Layout:
+    """`layout` on the ranks along `axis` too. Raises `ValueError` if it is on those of another mesh."""
+    mesh = layout.mesh
+    if mesh is None:
+        names = ModelMesh.names_of(axis) if own_tokens else ()
+        return layout.over(ModelMesh(axis, frozenset(names)))
+    assert isinstance(mesh, ModelMesh)
+    return layout.over(mesh.joined(axis, own_tokens=own_tokens))
+
+
+def mesh_of(model: nn.Module) -> ModelMesh:
+    """The ranks that hold a model together."""
+    mesh = layout_of(model).mesh
+    assert isinstance(mesh, ModelMesh)
+    return mesh
+
+
+def confer(
+    mesh: DeviceMesh | None, model: nn.Module, stack: Sequence[object], problems: Sequence[str]
+) -> list[str]:
+    """What other ranks have against wrapping their model so, or have otherwise."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return []
+    config = cast(PreTrainedModel, model).config.to_diff_dict()
+    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    statement = {
+        "the stack": repr(list(stack)),
+        "the model": type(model).__name__,
+        **{f"config.{key}": repr(value) for key, value in config.items()},
+        "names, shapes and dtypes of the parameters": hashlib.sha256(repr(shapes).encode()).hexdigest()[:12],
+    }
+    return disagreements(statement, problems, ranks_of(mesh))
+
+
+def set_sharded(model: nn.Module, mesh: ModelMesh, journal: Journal) -> None:
+    """Tell the model, and through it transformers' Trainer, that ranks hold it together."""
+    journal.set(model, "", "generate", partial(generate, mesh, model))
+    journal.set(model, "", "save_pretrained", partial(save_pretrained, model))
+    sharing, replicas = mesh.sharing, mesh.replicas
+    if sharing * replicas == 1:
+        return
+    # Ranks that share a batch, and that placement and gradients are the model's own affair.
+    journal.set(model, "", "_tp_size", sharing)
+    if hasattr(DistributedConfig, "dp_size"):
+        journal.set(model, "", "_is_distributed_loading_by_transformers", True)
+        for path in config_paths(model):
+            settings = DistributedConfig(tp_size=sharing, fsdp_size=replicas)
+            journal.set(model, path, "distributed_config", settings)
+
+
+def generate(mesh: ModelMesh, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' `generate`, where the ranks that share a batch also draw the same random numbers: the first's."""
+    mesh.share_random_state(device_of(model))
+    return type(model).generate(model, *args, **kwargs)
+
+
+def holdings(model: nn.Module, mesh: ModelMesh) -> str:
+    """What this rank holds, as a sentence."""
+    parameters = list(model.parameters())
+    mine = sum(local.numel() * local.element_size() for local in map(mesh.local, parameters))
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    place = ", ".join(f"{axis}={number}" for axis, number in mesh.coordinate.items())
+    return f"rank {distributed.get_rank()} ({place}) holds {_bytes(mine)} of {_bytes(whole)}"
+
+
+def _bytes(count: int) -> str:
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or unit == 1e3)
+    return f"{count / unit:.2f} {name}"

@@ -1,0 +1,147 @@
+"""`shard_experts`: every rank holds some of each layer's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..core import Choice, CompatibilityError, Journal, Layout, Phase, Report, Wrapper, choose, layout_of
+from ..core.wrapper import Built, Host, Model
+from ..distributed import axis_name, axis_of, check_axis, degree_of, why_no_axis
+from ..kernels.experts import DENSE_BACKENDS
+from ..model.dispatch import Placement
+from ..model.experts import experts_request, set_experts, why_no_experts
+from ..model.host import GPT_OSS
+from ..model.parallel import attach_expert_parallel, expert_parallel_layout, placements_of, why_no_expert_parallel
+from ..model.sharded import confer, device_of, holdings, mesh_of, over_axis, set_sharded
+
+DISPATCHES = ("all_reduce", "all_to_all")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExpertParallel(Wrapper):
+    """What `shard_experts` builds. Options: `mesh`, `degree`, `dispatch`, `placement`."""
+
+    mesh: DeviceMesh | None = None
+    degree: int | None = None
+    dispatch: str = "all_reduce"
+    placement: str | tuple[Placement, ...] = "contiguous"
+
+    name: ClassVar[str] = "shard_experts"
+    phase: ClassVar[Phase] = Phase.LAYOUT
+    host: ClassVar[Host] = GPT_OSS
+    provides: ClassVar[tuple[str, ...]] = ("shards",)
+    reversible: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_axis(self.mesh, self.degree, self.name)
+        if self.dispatch not in DISPATCHES:
+            raise ValueError(f"{self.name}: dispatch is {self.dispatch!r}. Use one of {', '.join(map(repr, DISPATCHES))}.")
+        if isinstance(self.placement, str) and self.placement != "contiguous":
+            raise ValueError(
+                f"{self.name}: placement is {self.placement!r}. Use 'contiguous', or what balance_experts(load, degree) gives."
+            )
+
+    def check(self, model: nn.Module) -> Iterable[str]:
+        if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
+            return [problem]
+        degree = degree_of(self.mesh, self.degree)
+        return [*why_no_experts(model), *why_no_expert_parallel(model, degree, self.placement)]
+
+    def choice(self, model: nn.Module) -> Choice:
+        return choose(DENSE_BACKENDS, experts_request(model), "auto", self.name)
+
+    def confer(self, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
+        return confer(self.mesh, model, stack, problems)
+
+    def layout(self, model: nn.Module, layout: Layout) -> Layout:
+        axis = axis_of(self.mesh, self.degree, device_of(model))
+        try:
+            layout = over_axis(layout, axis, own_tokens=self.dispatch == "all_to_all")
+        except ValueError as error:
+            raise CompatibilityError([f"{self!r}: {error}"]) from error
+        placements = placements_of(model, axis.size(), self.placement)
+        return expert_parallel_layout(model, layout, axis_name(axis), placements)
+
+    def attach(self, model: nn.Module, journal: Journal) -> Report:
+        mesh, axis = mesh_of(model), axis_name(axis_of(self.mesh, self.degree, device_of(model)))
+        choice = self.choice(model)
+        # transformers' own computation knows of no experts that are elsewhere.
+        changed = set_experts(model, choice.backend, journal)
+        met = attach_expert_parallel(model, layout_of(model), mesh, axis, self.dispatch, journal)
+        set_sharded(model, mesh, journal)
+        return Report((holdings(model, mesh), *met, *changed), choice)
+
+
+@overload
+def shard_experts(
+    model: None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    degree: int | None = None,
+    dispatch: str = "all_reduce",
+    placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
+) -> ExpertParallel: ...
+@overload
+def shard_experts(
+    model: Model,
+    *,
+    mesh: DeviceMesh | None = None,
+    degree: int | None = None,
+    dispatch: str = "all_reduce",
+    placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
+) -> Model: ...
+@overload
+def shard_experts(
+    model: Callable[..., Built],
+    *,
+    mesh: DeviceMesh | None = None,
+    degree: int | None = None,
+    dispatch: str = "all_reduce",
+    placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
+) -> Callable[..., Built]: ...
+def shard_experts(
+    model: Any = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    degree: int | None = None,
+    dispatch: str = "all_reduce",
+    placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
+) -> Any:
+    """Expert parallelism: each rank holds and computes some experts of every layer, and skips routes to the others.
+
+    Parameters are DTensors, so that optimizers and `clip_grad_norm_` see the true ones; state, keys and shapes are those
+    of the whole model, in the original order of experts, and `save_pretrained`, called on every rank, writes an ordinary
+    checkpoint. Cannot be undone: what belongs to other ranks is dropped. With `shard_tensor_parallel` on the same ranks,
+    that takes attention and the vocabulary: `shard_experts(shard_tensor_parallel(model))`.
+
+    Args:
+        model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a wrapper to
+            give to `compose` or `load`.
+        mesh: one axis of a DeviceMesh, such as `init_distributed((2, 4), ("dp", "ep"))["ep"]`. Along other axes of that
+            mesh whose names begin with "dp", gradients are averaged. All processes, if it is left out.
+        degree: how many ranks hold the experts together, instead of a mesh: groups of neighbours, data parallel to each
+            other.
+        dispatch: "all_reduce" where the ranks are given the same tokens: each adds what its experts give. "all_to_all"
+            where each has its own (data parallel attention): tokens travel to the ranks of their experts and back, and
+            gradients are averaged over the ranks, as of one batch in as many parts.
+        placement: "contiguous", or for each layer and rank its experts, as `balance_experts` gives them for a measured
+            load. Numbers of experts may be uneven.
+
+    Raises:
+        CompatibilityError: there is no process group, more ranks than experts, a placement that does not fit, or ranks
+            disagree; on all ranks.
+        ValueError: there is no such dispatch or placement.
+
+    Example:
+        >>> shard_experts(degree=2, placement=balance_experts([[8, 1, 1, 6]] * 3, degree=2)).placement[0]
+        ((0,), (1, 2, 3))
+    """
+    if not isinstance(placement, str):
+        placement = tuple(tuple(tuple(sorted(experts)) for experts in layer) for layer in placement)
+    wrapper = ExpertParallel(mesh=mesh, degree=degree, dispatch=dispatch, placement=placement)
+    return wrapper if model is None else wrapper(model)

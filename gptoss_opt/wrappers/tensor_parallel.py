@@ -1,0 +1,131 @@
+"""`shard_tensor_parallel`: every rank holds some heads, a slice of every expert, and a part of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..core import CompatibilityError, Journal, Layout, Phase, Report, Wrapper, layout_of
+from ..core.wrapper import Built, Host, Model
+from ..distributed import axis_name, axis_of, check_axis, degree_of, why_no_axis
+from ..model.host import GPT_OSS
+from ..model.parallel import attach_tensor_parallel, tensor_parallel_layout, why_no_tensor_parallel
+from ..model.sharded import confer, device_of, holdings, mesh_of, over_axis, set_sharded
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TensorParallel(Wrapper):
+    """What `shard_tensor_parallel` builds. Options: `mesh`, `degree`, `experts`, `lm_head`."""
+
+    mesh: DeviceMesh | None = None
+    degree: int | None = None
+    experts: bool = True
+    lm_head: bool = True
+
+    name: ClassVar[str] = "shard_tensor_parallel"
+    phase: ClassVar[Phase] = Phase.LAYOUT
+    host: ClassVar[Host] = GPT_OSS
+    provides: ClassVar[tuple[str, ...]] = ("shards",)
+    reversible: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_axis(self.mesh, self.degree, self.name)
+
+    def check(self, model: nn.Module) -> Iterable[str]:
+        if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
+            return [problem]
+        degree = degree_of(self.mesh, self.degree)
+        return why_no_tensor_parallel(model, degree, experts=self.experts, vocabulary=self.lm_head)
+
+    def confer(self, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
+        return confer(self.mesh, model, stack, problems)
+
+    def layout(self, model: nn.Module, layout: Layout) -> Layout:
+        axis = axis_of(self.mesh, self.degree, device_of(model))
+        try:
+            layout = over_axis(layout, axis)
+        except ValueError as error:
+            raise CompatibilityError([f"{self!r}: {error}"]) from error
+        return tensor_parallel_layout(
+            model, layout, axis_name(axis), axis.size(), experts=self.experts, vocabulary=self.lm_head
+        )
+
+    def attach(self, model: nn.Module, journal: Journal) -> Report:
+        mesh, axis = mesh_of(model), axis_name(axis_of(self.mesh, self.degree, device_of(model)))
+        met = attach_tensor_parallel(model, layout_of(model), mesh, axis, journal)
+        set_sharded(model, mesh, journal)
+        return Report((holdings(model, mesh), *met))
+
+
+@overload
+def shard_tensor_parallel(
+    model: None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    degree: int | None = None,
+    experts: bool = True,
+    lm_head: bool = True,
+) -> TensorParallel: ...
+@overload
+def shard_tensor_parallel(
+    model: Model,
+    *,
+    mesh: DeviceMesh | None = None,
+    degree: int | None = None,
+    experts: bool = True,
+    lm_head: bool = True,
+) -> Model: ...
+@overload
+def shard_tensor_parallel(
+    model: Callable[..., Built],
+    *,
+    mesh: DeviceMesh | None = None,
+    degree: int | None = None,
+    experts: bool = True,
+    lm_head: bool = True,
+) -> Callable[..., Built]: ...
+def shard_tensor_parallel(
+    model: Any = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    degree: int | None = None,
+    experts: bool = True,
+    lm_head: bool = True,
+) -> Any:
+    """Tensor parallelism: each rank holds and computes its part of every layer, for the same tokens.
+
+    Attention is split by heads (q, k, v by column, o by row, sinks by head), the experts along their intermediate
+    dimension by whole blocks of 32, unevenly where need be, and embedding and head over the vocabulary. Two all-reduces
+    per layer (Shoeybi et al. 2019, Megatron-LM). All ranks must be given the same tokens, and all get the same logits,
+    loss and, in `generate`, random numbers. Parameters are DTensors, so that optimizers and `clip_grad_norm_` see the
+    true ones; state, keys and shapes are those of the whole model, and `save_pretrained`, called on every rank, writes an
+    ordinary checkpoint. Cannot be undone: what belongs to other ranks is dropped.
+
+    With `shard_experts` on the same ranks, the experts are spread as that says, and this takes the rest.
+
+    Args:
+        model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a wrapper to
+            give to `compose` or `load`.
+        mesh: one axis of a DeviceMesh, such as `init_distributed((2, 4), ("dp", "tp"))["tp"]`. Along other axes of that
+            mesh whose names begin with "dp", gradients are averaged. All processes, if it is left out.
+        degree: how many ranks hold the model together, instead of a mesh: groups of neighbours, data parallel to each
+            other.
+        experts: split the experts too.
+        lm_head: split the vocabulary, that is embedding and head.
+
+    Raises:
+        CompatibilityError: there is no process group, heads or sizes do not divide, or ranks disagree; on all ranks.
+
+    Example:
+        >>> shard_tensor_parallel(degree=2)
+        shard_tensor_parallel(degree=2)
+
+    Under `torchrun --nproc-per-node 2`, after `init_distributed()`: `model = shard_tensor_parallel(model)`, or
+    `model = load(path, shard_tensor_parallel())`, which reads each rank's slices only.
+    """
+    wrapper = TensorParallel(mesh=mesh, degree=degree, experts=experts, lm_head=lm_head)
+    return wrapper if model is None else wrapper(model)
