@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from gptoss_opt.kernels.attention import Rules, Visible
@@ -69,9 +71,14 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """A tensor, or what this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of every gradient by parameter name; the gradients are cleared."""
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """A copy of every gradient (or of this rank's part of it) by parameter name; the gradients are cleared."""
+    found = {name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
@@ -123,3 +130,11 @@ def assert_as_exact(names: Iterable[str], ours: list[Tensor], base: list[Tensor]
         for kind, norm in norms.items():
             error, allowed = norm(actual.double() - exact), 2 * (norm(low.double() - exact) + eps * exact.abs().max())
             assert error <= allowed, f"{name} {kind}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    """Meanwhile, this process is a process group by itself: what shards, shards into one part."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

@@ -160,6 +160,10 @@ class Mesh(Protocol):
         """The whole tensor, gathered from the ranks; all of them must ask for it."""
         ...
 
+    def describe(self, model: nn.Module) -> str:
+        """What this rank holds of a model, as a sentence."""
+        ...
+
     def lay_out(self, model: nn.Module, layout: Layout, journal: Journal) -> None:
         """Let every module compute with what this rank holds of its parameters."""
         ...

@@ -63,6 +63,14 @@ class AnyModule:
         return None
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST else f"{text[: MOST - 4]} ..."
+
+
+MOST = 80
+"""The longest option that is written out where a wrapper is named."""
+
 WRAPPERS: dict[str, type[Wrapper]] = {}
 """Every wrapper class by its public name: how a stack comes back from JSON, and what the contract tests run over."""
 
@@ -133,10 +141,8 @@ class Wrapper:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __repr__(self) -> str:
-        set_by_user = (
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default
-        )
-        return f"{self.name}({', '.join(set_by_user)})"
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"{self.name}({', '.join(f'{name}={_short(value)}' for name, value in values.items())})"
 
     @overload
     def __call__(self, target: Model) -> Model: ...

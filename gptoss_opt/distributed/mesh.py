@@ -90,7 +90,7 @@ def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.devic
         return "the mesh has no axis names. Make it with gptoss_opt.init_distributed(shape, axes)."
     if mesh.ndim != 1:
         first = mesh.mesh_dim_names[-1]
-        return f"the mesh has {mesh.ndim} axes, {mesh.mesh_dim_names}. Give one of them, such as mesh={first!r}: mesh[{first!r}]."
+        return f"the mesh has {mesh.ndim} axes, {mesh.mesh_dim_names}. Give one of them, such as mesh[{first!r}]."
     if degree is not None and degree != mesh.size():
         return f"degree={degree}, but axis {mesh.mesh_dim_names[0]!r} of the mesh has {mesh.size()} ranks. Give one of them."
     if mesh.device_type != device.type:

@@ -70,9 +70,7 @@ class ModelMesh:
         for split in splits:
             shape[split.dim] = split.size
         stride = torch.empty(shape, device="meta").stride()
-        whole = DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        whole = _of_local(local.contiguous(), self.mesh, placements, torch.Size(shape), stride)
         return nn.Parameter(whole, requires_grad=requires_grad)
 
     def holds(self, parameter: Tensor) -> bool:
@@ -112,6 +110,14 @@ class ModelMesh:
                 distributed.recv(parts[-1], group=group, group_src=other)
             local = put_together(parts, split)
         return local
+
+    def describe(self, model: nn.Module) -> str:
+        """What this rank holds of a model, as a sentence."""
+        parameters = list(model.parameters())
+        mine = sum(self.local(parameter).nbytes for parameter in parameters)
+        whole = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        place = ", ".join(f"{axis}={number}" for axis, number in self.coordinate.items())
+        return f"rank {distributed.get_rank()} ({place}) holds {mine / 1e6:,.2f} of {whole / 1e6:,.2f} MB"
 
     @property
     def is_first(self) -> bool:
@@ -205,6 +211,30 @@ class Sum:
         return all_reduce_output(x, self.group)
 
 
+def _of_local(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: tuple[int, ...]
+) -> DTensor:
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+class _Local(torch.autograd.Function):
+    """What this rank holds of a DTensor.
+
+    Unlike `to_local` it hands back contiguous gradients. Autograd would copy others into a new DTensor, for which torch
+    divides the dimension into equal parts, and ours are uneven.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+        ctx.like = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
+        local = parameter.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _of_local(grads[0].contiguous(), *ctx.like)
+
+
 def put_together(parts: Sequence[Tensor], split: Split) -> Tensor:
     """The tensor that `parts` are slices of."""
     whole = torch.cat(tuple(parts), split.dim)
@@ -238,11 +268,18 @@ def with_local_parameters(
     rules: Mapping[str, Rule], module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """The forward of a module in which its parameters are what this rank holds of them."""
-    local = {name: p.to_local() for name, p in module._parameters.items() if isinstance(p, DTensor)}
-    for name in rules.keys() & local.keys():
-        local[name] = rules[name](local[name])
+    local = {name: _local(p) for name, p in module._parameters.items() if isinstance(p, DTensor)}
+    for name in local:  # in one order on all ranks, as gradients meet in the reverse of it
+        if name in rules:
+            local[name] = rules[name](local[name])
     with attributes(module, local):
         return inner(*args, **kwargs)
+
+
+def _local(parameter: DTensor) -> Tensor:
+    if parameter.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _Local.apply(parameter))
+    return parameter.to_local()
 
 
 @contextmanager

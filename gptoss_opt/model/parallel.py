@@ -31,7 +31,8 @@ def why_no_tensor_parallel(model: nn.Module, degree: int, *, experts: bool, voca
     if heads % degree or kv_heads % degree:
         kind, count = ("key/value heads", kv_heads) if kv_heads % degree else ("attention heads", heads)
         fitting = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
-        yield f"{count} {kind} do not divide over {degree} ranks. Use {', '.join(fitting[:-1])} or {fitting[-1]}."
+        use = " or ".join(filter(None, (", ".join(fitting[:-1]), fitting[-1])))
+        yield f"{count} {kind} do not divide over {degree} ranks. Use {use}."
     size = config.intermediate_size
     if experts and size % BLOCK:
         yield f"intermediate_size is {size}, no multiple of {BLOCK}, the values that stay together. Use experts=False."

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from ..core import Journal, Layout, layout_of
+from ..core import Journal, Layout, Wrapper, layout_of
 from ..distributed import ModelMesh, disagreements, ranks_of
 from .host import config_paths
 from .save import save_pretrained
@@ -42,7 +42,7 @@ def mesh_of(model: nn.Module) -> ModelMesh:
 
 
 def confer(
-    mesh: DeviceMesh | None, model: nn.Module, stack: Sequence[object], problems: Sequence[str]
+    mesh: DeviceMesh | None, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]
 ) -> list[str]:
     """What other ranks have against wrapping their model so, or have otherwise."""
     if not distributed.is_available() or not distributed.is_initialized():
@@ -50,7 +50,8 @@ def confer(
     config = cast(PreTrainedModel, model).config.to_diff_dict()
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     statement = {
-        "the stack": repr(list(stack)),
+        "the wrappers": ", ".join(wrapper.name for wrapper in stack),
+        **{f"{key} of {wrapper.name}": repr(value) for wrapper in stack for key, value in wrapper.options().items()},
         "the model": type(model).__name__,
         **{f"config.{key}": repr(value) for key, value in config.items()},
         "names, shapes and dtypes of the parameters": hashlib.sha256(repr(shapes).encode()).hexdigest()[:12],
@@ -62,6 +63,7 @@ def set_sharded(model: nn.Module, mesh: ModelMesh, journal: Journal) -> None:
     """Tell the model, and through it transformers' Trainer, that ranks hold it together."""
     journal.set(model, "", "generate", partial(generate, mesh, model))
     journal.set(model, "", "save_pretrained", partial(save_pretrained, model))
+    journal.set(model, "", "resize_token_embeddings", cannot_resize)
     sharing, replicas = mesh.sharing, mesh.replicas
     if sharing * replicas == 1:
         return
@@ -74,21 +76,12 @@ def set_sharded(model: nn.Module, mesh: ModelMesh, journal: Journal) -> None:
             journal.set(model, path, "distributed_config", settings)
 
 
+def cannot_resize(*args: Any, **kwargs: Any) -> None:
+    """In the place of `resize_token_embeddings`."""
+    raise ValueError("resize_token_embeddings: the vocabulary is spread over ranks. Resize the model before it is sharded.")
+
+
 def generate(mesh: ModelMesh, model: Any, *args: Any, **kwargs: Any) -> Any:
     """transformers' `generate`, where the ranks that share a batch also draw the same random numbers: the first's."""
     mesh.share_random_state(device_of(model))
     return type(model).generate(model, *args, **kwargs)
-
-
-def holdings(model: nn.Module, mesh: ModelMesh) -> str:
-    """What this rank holds, as a sentence."""
-    parameters = list(model.parameters())
-    mine = sum(local.numel() * local.element_size() for local in map(mesh.local, parameters))
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    place = ", ".join(f"{axis}={number}" for axis, number in mesh.coordinate.items())
-    return f"rank {distributed.get_rank()} ({place}) holds {_bytes(mine)} of {_bytes(whole)}"
-
-
-def _bytes(count: int) -> str:
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or unit == 1e3)
-    return f"{count / unit:.2f} {name}"

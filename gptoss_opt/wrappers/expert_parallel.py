@@ -17,7 +17,7 @@ from ..model.dispatch import Placement
 from ..model.experts import experts_request, set_experts, why_no_experts
 from ..model.host import GPT_OSS
 from ..model.parallel import attach_expert_parallel, expert_parallel_layout, placements_of, why_no_expert_parallel
-from ..model.sharded import confer, device_of, holdings, mesh_of, over_axis, set_sharded
+from ..model.sharded import confer, device_of, mesh_of, over_axis, set_sharded
 
 DISPATCHES = ("all_reduce", "all_to_all")
 
@@ -74,7 +74,7 @@ class ExpertParallel(Wrapper):
         changed = set_experts(model, choice.backend, journal)
         met = attach_expert_parallel(model, layout_of(model), mesh, axis, self.dispatch, journal)
         set_sharded(model, mesh, journal)
-        return Report((holdings(model, mesh), *met, *changed), choice)
+        return Report((*met, *changed), choice)
 
 
 @overload

@@ -14,7 +14,7 @@ from ..core.wrapper import Built, Host, Model
 from ..distributed import axis_name, axis_of, check_axis, degree_of, why_no_axis
 from ..model.host import GPT_OSS
 from ..model.parallel import attach_tensor_parallel, tensor_parallel_layout, why_no_tensor_parallel
-from ..model.sharded import confer, device_of, holdings, mesh_of, over_axis, set_sharded
+from ..model.sharded import confer, device_of, mesh_of, over_axis, set_sharded
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -58,7 +58,7 @@ class TensorParallel(Wrapper):
         mesh, axis = mesh_of(model), axis_name(axis_of(self.mesh, self.degree, device_of(model)))
         met = attach_tensor_parallel(model, layout_of(model), mesh, axis, journal)
         set_sharded(model, mesh, journal)
-        return Report((holdings(model, mesh), *met))
+        return Report(met)
 
 
 @overload

@@ -9,12 +9,17 @@ import torch
 import gptoss_opt
 from gptoss_opt import CompatibilityError, compose, stack_of
 from gptoss_opt.core.wrapper import WRAPPERS
-from tests.helpers import ids, tiny_model
+from tests.helpers import group_of_one, ids, tiny_model
 
 ALL = [getattr(gptoss_opt, name) for name in sorted(WRAPPERS) if hasattr(gptoss_opt, name)]
 
 
 def test_pairs_conflict_or_commute() -> None:
+    with group_of_one():
+        _conflict_or_commute()
+
+
+def _conflict_or_commute() -> None:
     for first, second in combinations(ALL, 2):
         try:
             stack = compose(first(), second())

@@ -20,9 +20,14 @@ PUBLIC = {
     "Stack",
     "Wrapper",
     "__version__",
+    "balance_experts",
     "compose",
     "explain",
+    "gather_state_dict",
+    "init_distributed",
     "load",
+    "shard_experts",
+    "shard_tensor_parallel",
     "stack_of",
     "undo",
     "with_fast_experts",
@@ -34,22 +39,22 @@ PUBLIC = {
 LAYERS: dict[str, set[str]] = {
     "core": set(),
     "kernels": set(),
-    "distributed": set(),
-    "model": {"core", "kernels"},
-    "wrappers": {"core", "kernels", "model"},
+    "distributed": {"core"},
+    "model": {"core", "distributed", "kernels"},
+    "wrappers": {"core", "distributed", "kernels", "model"},
     "load": {"core", "model"},
     "version": set(),
     "testing": set(),
     "demo": {"testing", "core", "load", "model", "wrappers", ""},
     "cli": {"demo", ""},
     "__main__": {"cli"},
-    "__init__": {"core", "load", "model", "wrappers", "version"},
+    "__init__": {"core", "distributed", "load", "model", "wrappers", "version"},
 }
 # Third parties a layer may know; every layer may know torch and the standard library.
 KNOWN = {
     "core": {"tqdm"},
     "kernels": {"packaging", "flash_attn", "flash_attn_interface", "triton"},
-    "model": {"accelerate", "huggingface_hub", "transformers"},
+    "model": {"accelerate", "huggingface_hub", "tqdm", "transformers"},
     "load": {"tqdm", "transformers"},
 }
 KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"safetensors", "transformers", "tqdm"}}

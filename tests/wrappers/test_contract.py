@@ -12,11 +12,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM
 
 import gptoss_opt
-from gptoss_opt import CompatibilityError, Stack, compose, explain, stack_of, undo
+from gptoss_opt import CompatibilityError, IrreversibleError, Stack, compose, explain, stack_of, undo
 from gptoss_opt.core import STORAGES, WRAPPERS, Layout
-from tests.helpers import WINDOW, ids, loss_and_gradients, relative, tiny_config, tiny_model
+from tests.helpers import WINDOW, group_of_one, ids, local, loss_and_gradients, relative, tiny_config, tiny_model
 
+# What shards a model does so among the ranks of a process group, here of this process alone.
 ALL = sorted(name for name in WRAPPERS if hasattr(gptoss_opt, name))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _group():
+    with group_of_one():
+        yield
 
 
 @pytest.fixture(params=ALL)
@@ -49,8 +56,21 @@ def fingerprint(model: nn.Module) -> dict:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """The bytes of a tensor."""
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    """The bytes of a tensor, or of this rank's part of it."""
+    return local(tensor).detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def take_off(wrap, model: nn.Module) -> bool:
+    """Undo a wrapper, and whether it could be: if not, it says so and stays."""
+    if WRAPPERS[wrap.__name__].reversible:
+        undo(model)
+        assert not stack_of(model)
+        return True
+    there = fingerprint(model)
+    with pytest.raises(IrreversibleError, match=rf"{wrap.__name__}\(\) cannot be taken off: it dropped data"):
+        undo(model)
+    assert fingerprint(model) == there
+    return False
 
 
 def left_padded(batch: int = 3) -> dict:
@@ -83,8 +103,7 @@ def test_the_object_class_and_keys_stay(wrap, model) -> None:
 def test_undo_is_exact(wrap, model) -> None:
     before = fingerprint(model)
     logits = model(ids()).logits
-    undo(wrap(model))
-    assert fingerprint(model) == before
+    assert not take_off(wrap, wrap(model)) or fingerprint(model) == before
     assert torch.equal(model(ids()).logits, logits)
 
 
@@ -106,8 +125,7 @@ def test_twice_is_once(wrap, model) -> None:
     once = fingerprint(wrap(model))
     assert fingerprint(wrap(model)) == once
     assert len(stack_of(model)) == 1
-    undo(model)
-    assert not stack_of(model)
+    take_off(wrap, model)
 
 
 def test_explain(wrap, model) -> None:
@@ -128,18 +146,27 @@ def test_config_is_private(wrap) -> None:
     assert not stack_of(two)
     assert one.config is not config
     assert one.config is one.model.config is one.model.layers[0].self_attn.config
-    undo(one)
-    assert one.config is config
+    assert not take_off(wrap, one) or one.config is config
 
 
 def test_changes_to_the_config_survive_undo(wrap, model) -> None:
     wrap(model)
     model.config.use_cache = False
-    model.resize_token_embeddings(140)
-    undo(model)
+    model.config.vocab_size = 140
+    take_off(wrap, model)
     assert model.config.use_cache is False
     assert model.config.vocab_size == 140
     assert model.config._attn_implementation == "eager"
+
+
+def test_resizes_or_says_why_not(wrap, model) -> None:
+    wrap(model)
+    if WRAPPERS[wrap.__name__].reversible:
+        model.resize_token_embeddings(140)
+        assert model(torch.tensor([[139]])).logits.shape[-1] == 140
+    else:
+        with pytest.raises(ValueError, match="resize_token_embeddings: .* Resize the model before it is sharded"):
+            model.resize_token_embeddings(140)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "torch"])
@@ -157,8 +184,7 @@ def test_copies_work_and_undo_alone(wrap, model, clone) -> None:
     assert torch.equal(twin(ids()).logits, logits)
     assert stack_of(twin) == stack_of(model)
     assert twin.config is not model.config
-    undo(twin)
-    assert not stack_of(twin)
+    take_off(wrap, twin)
     assert len(stack_of(model)) == 1
     assert torch.equal(model(ids()).logits, logits)
 
@@ -228,7 +254,7 @@ def test_wrapped_under_inference_mode_it_can_be_trained(wrap, model) -> None:
         model(ids())
     loss_and_gradients(model, ids())
     with torch.inference_mode():
-        undo(model)
+        take_off(wrap, model)
     loss_and_gradients(model, ids())
 
 
@@ -269,5 +295,4 @@ def test_any_head(wrap) -> None:
         model = tiny_model(kind=kind)
         expected = model(ids())[0]
         assert relative(wrap(model)(ids())[0], expected) < 1e-5
-        undo(model)
-        assert not stack_of(model)
+        take_off(wrap, model)
