@@ -4,7 +4,22 @@ from .backend import Backend, Choice, check_name, choose
 from .edit import Journal
 from .errors import BackendError, CompatibilityError, IrreversibleError
 from .explain import Explanation, explain
-from .layout import DENSE, STORAGES, Form, Layout, Mesh, Part, Sliced, Source, Split, Storage, Stored, held_bytes, stored_splits, take
+from .layout import (
+    DENSE,
+    STORAGES,
+    Form,
+    Layout,
+    Mesh,
+    Part,
+    Sliced,
+    Source,
+    Split,
+    Storage,
+    Stored,
+    held_bytes,
+    stored_splits,
+    take,
+)
 from .move import Held, exchange
 from .record import held_by, layout_of
 from .stack import Stack, compose, resolve, stack_of, undo

@@ -179,8 +179,9 @@ class Layout:
 
     Example:
         >>> layout = Layout().store(["experts.down_proj"], "mxfp4")
-        >>> layout.split(["experts.down_proj"], Split(0, "ep", (range(0, 2), range(2, 4)))).forms
-        {'experts.down_proj': Form(storage='mxfp4', splits=(Split(dim=0, axis='ep', parts=(range(0, 2), range(2, 4))),), added=())}
+        >>> layout = layout.split(["experts.down_proj"], Split(0, "ep", (range(0, 2), range(2, 4))))
+        >>> layout.form("experts.down_proj").storage, layout.form("experts.down_proj").index({"ep": 1})
+        ('mxfp4', {0: range(2, 4)})
     """
 
     forms: Mapping[str, Form] = field(default_factory=dict)

@@ -72,7 +72,5 @@ def standing(record: Record, model: nn.Module) -> list[bool]:
     What a later wrapper has set over an earlier one's change leaves that standing.
     """
     below: dict[tuple[str, str], Any] = {}
-    stands = []
-    for applied in reversed(record.applied):
-        stands.append(all([edit.intact(model, below) for edit in reversed(applied.journal.edits)]))
-    return stands[::-1]
+    intact = [[edit.intact(model, below) for edit in reversed(one.journal.edits)] for one in reversed(record.applied)]
+    return [all(edits) for edits in reversed(intact)]

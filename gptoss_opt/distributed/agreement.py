@@ -1,4 +1,4 @@
-"""Ranks compare notes before they do anything together, so that none is left waiting for another that does otherwise."""
+"""Ranks compare notes before they do anything together, so that none is left waiting for one that does otherwise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed
 
@@ -26,7 +27,8 @@ def disagreements(statement: Mapping[str, str], problems: Sequence[str], ranks: 
     Raises:
         TimeoutError: a rank did not come within the time that the process group waits.
     """
-    store, rank = distributed.distributed_c10d._get_default_store(), distributed.get_rank()
+    store: Any = distributed.distributed_c10d._get_default_store()
+    rank = distributed.get_rank()
     meeting = next(_MEETINGS)
     keys = {other: f"gptoss_opt/meeting {meeting}/{other}" for other in ranks}
     store.set(keys[rank], json.dumps({"statement": dict(statement), "problems": list(problems)}))

@@ -75,7 +75,7 @@ def axis_name(mesh: DeviceMesh) -> str:
 
 
 def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.device) -> str | None:
-    """Why a model on `device` cannot be spread over these ranks, or None. Without a mesh it is the processes there are."""
+    """Why a model on `device` cannot be spread over these ranks (all there are, without a mesh), or None."""
     if not distributed.is_available() or not distributed.is_initialized():
         return (
             "there is no process group. Start the script with torchrun, and begin it with "
@@ -92,9 +92,12 @@ def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.devic
         first = mesh.mesh_dim_names[-1]
         return f"the mesh has {mesh.ndim} axes, {mesh.mesh_dim_names}. Give one of them, such as mesh[{first!r}]."
     if degree is not None and degree != mesh.size():
-        return f"degree={degree}, but axis {mesh.mesh_dim_names[0]!r} of the mesh has {mesh.size()} ranks. Give one of them."
+        return f"degree={degree}, but axis {axis_name(mesh)!r} of the mesh has {mesh.size()} ranks. Give one of them."
     if mesh.device_type != device.type:
-        return f"the mesh is of {mesh.device_type} ranks, and the model is on {device}. Move the model first, or make a mesh of {device.type}."
+        return (
+            f"the mesh is of {mesh.device_type} ranks, and the model is on {device}. Move the model first, or make a mesh "
+            f"with init_distributed(device={device.type!r})."
+        )
     return None
 
 

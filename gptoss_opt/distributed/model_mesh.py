@@ -120,6 +120,11 @@ class ModelMesh:
         return f"rank {distributed.get_rank()} ({place}) holds {mine / 1e6:,.2f} of {whole / 1e6:,.2f} MB"
 
     @property
+    def device_type(self) -> str:
+        """What the ranks compute on."""
+        return self.mesh.device_type
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the first rank of all, replicas included."""
         return not any(root_of(self.mesh).get_coordinate() or ())
@@ -156,7 +161,9 @@ class ModelMesh:
         """Give the ranks that have the same tokens the random state of the first of them."""
         states = [(torch.get_rng_state(), torch.set_rng_state)]
         if device.type == "cuda":
-            states.append((torch.cuda.get_rng_state(device), functools.partial(torch.cuda.set_rng_state, device=device)))
+            states.append(
+                (torch.cuda.get_rng_state(device), functools.partial(torch.cuda.set_rng_state, device=device))
+            )
         for state, restore in states:
             shared = state.to(self.mesh.device_type)
             for name in self._sharing_axes:
@@ -268,7 +275,8 @@ def with_local_parameters(
     rules: Mapping[str, Rule], module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """The forward of a module in which its parameters are what this rank holds of them."""
-    local = {name: _local(p) for name, p in module._parameters.items() if isinstance(p, DTensor)}
+    parameters: Mapping[str, Tensor | None] = module._parameters
+    local = {name: _local(p) for name, p in parameters.items() if isinstance(p, DTensor)}
     for name in local:  # in one order on all ranks, as gradients meet in the reverse of it
         if name in rules:
             local[name] = rules[name](local[name])

@@ -101,7 +101,9 @@ class Weights:
             return Stored({"": self.dense(parameter, form, index, like)})
         if parameter in self.packed and form.storage == MXFP4.name:
             inside = _in_storage(form.splits, index)
-            return Stored({suffix: self.read(parameter + suffix, inside).to(like.device) for suffix in storage.suffixes})
+            return Stored(
+                {suffix: self.read(parameter + suffix, inside).to(like.device) for suffix in storage.suffixes}
+            )
         return storage.encode(InFile(self, parameter, like.device, like.dtype, index))
 
     def dense(self, parameter: str, form: Form, index: Index, like: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Legend: T tokens of this rank, K experts per token, H values of a token, N rows 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,26 +17,34 @@ Placement = tuple[tuple[int, ...], ...]
 """The experts of one layer that each rank holds, ascending."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PartOfExperts:
     """What this rank has of a layer's experts.
 
     Attributes:
         added: over which ranks their results are summed.
-        placement: the experts of each rank; None if every rank has a part of all.
+        ranks: the rank of each expert, int64 [E]; None if every rank has a part of all.
+        numbers: which of that rank's experts it is, int64 [E].
     """
 
     added: Sum
-    placement: Placement | None = None
+    ranks: Tensor | None = None
+    numbers: Tensor | None = None
 
+    @classmethod
+    @torch.inference_mode(False)
+    def of(cls, added: Sum, placement: Placement, device: torch.device) -> PartOfExperts:
+        """That of a placement."""
+        places = sorted((e, rank, n) for rank, experts in enumerate(placement) for n, e in enumerate(experts))
+        table = torch.tensor([place[1:] for place in places], device=device).T.contiguous()
+        return cls(added, table[0], table[1])
 
-@functools.lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _places(placement: Placement, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rank of each expert, and which of that rank's experts it is: int64 [E] each."""
-    places = sorted((e, rank, n) for rank, experts in enumerate(placement) for n, e in enumerate(experts))
-    table = torch.tensor([place[1:] for place in places], device=device)
-    return table[:, 0].contiguous(), table[:, 1].contiguous()
+    def places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The rank of each expert that is asked for, and its number there; both in the shape of `indices`."""
+        assert self.ranks is not None
+        assert self.numbers is not None
+        # The model may have been moved since.
+        return self.ranks.to(indices.device)[indices], self.numbers.to(indices.device)[indices]
 
 
 def part_of_experts(
@@ -49,9 +56,9 @@ def part_of_experts(
     routing_weights: Tensor,
 ) -> Tensor:
     """The experts where ranks share their tokens: each adds what its own give, or what its part of all gives."""
-    if data.placement is not None:
-        ranks, numbers = _places(data.placement, router_indices.device)
-        router_indices = torch.where(ranks == data.added.rank, numbers, -1)[router_indices]
+    if data.ranks is not None:
+        ranks, numbers = data.places(router_indices)
+        router_indices = torch.where(ranks == data.added.rank, numbers, -1)
     into = data.added.into
     return data.added.out(inner(into(hidden_states), router_indices, into(routing_weights)))
 
@@ -69,10 +76,9 @@ def dispatched(
     A token goes once to each rank that holds any of its experts, with their indices and weights, and what comes back is
     already summed: per token at most K rows each way, and at most one for each rank.
     """
-    assert data.placement is not None
-    ranks, numbers = _places(data.placement, router_indices.device)
-    group, num_ranks, top_k = data.added.group, len(data.placement), router_indices.shape[-1]
-    targets = ranks[router_indices]
+    group, top_k = data.added.group, router_indices.shape[-1]
+    num_ranks = distributed.get_world_size(group)
+    targets, numbers = data.places(router_indices)
     wanted = torch.stack([(targets == rank).any(-1) for rank in range(num_ranks)])
     to, tokens = wanted.nonzero(as_tuple=True)
     counts = wanted.sum(-1)
@@ -80,14 +86,15 @@ def dispatched(
     distributed.all_to_all_single(arriving, counts, group=group)
     sent, received = torch.stack([counts, arriving]).tolist()
 
-    indices = torch.where(targets[tokens] == to[:, None], numbers[router_indices[tokens]], -1)
+    indices = torch.where(targets[tokens] == to[:, None], numbers[tokens], -1)
     indices = all_to_all(indices, sent, received, group)
     rows = torch.cat([hidden_states, routing_weights.to(hidden_states.dtype)], -1)[tokens]
-    hidden, weights = all_to_all(rows, sent, received, group).split([hidden_states.shape[-1], top_k], -1)
+    arrived = all_to_all(rows, sent, received, group)
+    hidden, weights = arrived[:, :-top_k], arrived[:, -top_k:]
     y = all_to_all(inner(hidden.contiguous(), indices, weights.contiguous()), received, sent, group)
 
     # One rank after the other, so that each sum has one order.
     out = torch.zeros_like(hidden_states)
-    for from_rank, of_rank in zip(y.split(sent), tokens.split(sent), strict=True):
+    for from_rank, of_rank in zip(torch.split(y, sent), torch.split(tokens, sent), strict=True):
         out = out.index_add(0, of_rank, from_rank)
     return out

@@ -1,7 +1,7 @@
 """What of a GPT-OSS model is spread over ranks, and where the ranks meet: tensor and expert parallelism.
 
-Tensor parallelism is that of Megatron-LM (Shoeybi et al. 2019, section 3): a product split by columns, then one split by
-rows, whose results are summed. So there are two sums per layer, after attention and after the experts.
+Tensor parallelism is that of Megatron-LM (Shoeybi et al. 2019, section 3): a product split by columns, then one split
+by rows, whose results are summed. So there are two sums per layer, after attention and after the experts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..core import Journal, Layout, Part, Split
 from ..distributed import ModelMesh, Sum, all_gather_last, attributes, split
 from ..kernels.mxfp4 import BLOCK
 from .dispatch import PartOfExperts, Placement, dispatched, part_of_experts
+
 
 def _named(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Any]]:
     return [(f"{path}." if path else "", module) for path, module in model.named_modules() if isinstance(module, kind)]
@@ -114,11 +115,12 @@ def why_no_expert_parallel(model: nn.Module, degree: int, placement: str | Seque
     for number, layer in enumerate(placement):
         held = sorted(expert for experts in layer for expert in experts)
         if len(layer) != degree or not all(layer):
-            yield f"the placement of layer {number} is for {len(layer)} ranks, of {degree}. Give each one expert at least."
+            problem = f"the placement of layer {number} is for {sum(map(bool, layer))} ranks, of {degree}"
+            yield f"{problem}. Give each one expert at least."
         elif held != list(range(num_experts)):
             yield (
-                f"the placement of layer {number} holds the experts {held}. Name each of the {num_experts} once, from 0 to "
-                f"{num_experts - 1}: balance_experts(load, degree={degree}) does."
+                f"the placement of layer {number} holds the experts {held}. Name each of the {num_experts} once, from "
+                f"0 to {num_experts - 1}: balance_experts(load, degree={degree}) does."
             )
 
 
@@ -172,11 +174,14 @@ def attach_expert_parallel(
     hidden, layers = cast(PreTrainedModel, model).config.hidden_size, _named(model, GptOssExperts)
     for path, module in layers:
         placement = next(one for one in layout.form(f"{path}down_proj").splits if one.axis == axis)
-        data = PartOfExperts(Sum(mesh, axis), tuple(tuple(part) for part in placement.parts))
+        held = tuple(tuple(part) for part in placement.parts)
+        data = PartOfExperts.of(Sum(mesh, axis), held, module.down_proj_bias.device)
         around: Callable[..., Any] = part_of_experts if dispatch == "all_reduce" else dispatched
         journal.around(model, path.removesuffix("."), around, data)
     if dispatch == "all_reduce":
-        return (f"each forward, over axis {axis!r}: {len(layers)} all-reduces of [tokens, {hidden}], after the experts",)
+        return (
+            f"each forward, over axis {axis!r}: {len(layers)} all-reduces of [tokens, {hidden}], after the experts",
+        )
     line = f"{len(layers)} times all-to-all of [routes, {hidden}] to the experts and back, and of the counts"
     return (f"each forward, over axis {axis!r}: {line}",)
 

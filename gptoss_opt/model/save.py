@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -25,9 +24,9 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def gather_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """The whole tensors of a model that several ranks hold together, one after the other.
 
-    Every rank must go through all of it. Rank 0 gets the tensors, in the order of `state_dict()`, on the model's device;
-    the others None. Placements of experts are undone: all tensors are as they are in a model that was never sharded,
-    packed ones packed. Of a model that is not sharded each process gets its own tensors.
+    Every rank must go through all of it. Rank 0 gets the tensors, in the order of `state_dict()`, on the model's
+    device; the others None. Placements of experts are undone: all tensors are as they are in a model that was never
+    sharded, packed ones packed. Of a model that is not sharded each process gets its own tensors.
 
     Args:
         model: a model with `shard_tensor_parallel` or `shard_experts`, or without.
@@ -103,8 +102,8 @@ def save_pretrained(
     for option, value in options.items():
         if option not in ignored and (option not in harmless or value is not harmless[option]):
             raise ValueError(
-                f"save_pretrained({option}={value!r}) is not served on a sharded model. Save without it: what is written "
-                "is an ordinary checkpoint, which transformers loads and saves as you like."
+                f"save_pretrained({option}={value!r}) is not served on a sharded model. Save without it: what is "
+                "written is an ordinary checkpoint, which transformers loads and saves as you like."
             )
     mesh = layout_of(model).mesh
     assert isinstance(mesh, ModelMesh)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
-from transformers.distributed import DistributedConfig
 
 from ..core import Journal, Layout, Wrapper, layout_of
 from ..distributed import ModelMesh, disagreements, ranks_of
-from .host import config_paths
 from .save import save_pretrained
+from .trainer import tell_trainer
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -41,13 +40,12 @@ def mesh_of(model: nn.Module) -> ModelMesh:
     return mesh
 
 
-def confer(
-    mesh: DeviceMesh | None, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]
-) -> list[str]:
+def confer(mesh: DeviceMesh | None, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
     """What other ranks have against wrapping their model so, or have otherwise."""
     if not distributed.is_available() or not distributed.is_initialized():
         return []
-    config = cast(PreTrainedModel, model).config.to_diff_dict()
+    # Whatever it is: that it is no GPT-OSS model may be among the problems.
+    config = model.config.to_diff_dict() if isinstance(model, PreTrainedModel) else {}
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     statement = {
         "the wrappers": ", ".join(wrapper.name for wrapper in stack),
@@ -64,21 +62,14 @@ def set_sharded(model: nn.Module, mesh: ModelMesh, journal: Journal) -> None:
     journal.set(model, "", "generate", partial(generate, mesh, model))
     journal.set(model, "", "save_pretrained", partial(save_pretrained, model))
     journal.set(model, "", "resize_token_embeddings", cannot_resize)
-    sharing, replicas = mesh.sharing, mesh.replicas
-    if sharing * replicas == 1:
-        return
-    # Ranks that share a batch, and that placement and gradients are the model's own affair.
-    journal.set(model, "", "_tp_size", sharing)
-    if hasattr(DistributedConfig, "dp_size"):
-        journal.set(model, "", "_is_distributed_loading_by_transformers", True)
-        for path in config_paths(model):
-            settings = DistributedConfig(tp_size=sharing, fsdp_size=replicas)
-            journal.set(model, path, "distributed_config", settings)
+    tell_trainer(model, mesh, journal)
 
 
 def cannot_resize(*args: Any, **kwargs: Any) -> None:
     """In the place of `resize_token_embeddings`."""
-    raise ValueError("resize_token_embeddings: the vocabulary is spread over ranks. Resize the model before it is sharded.")
+    raise ValueError(
+        "resize_token_embeddings: the vocabulary is spread over ranks. Resize the model before it is sharded."
+    )
 
 
 def generate(mesh: ModelMesh, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -40,10 +40,13 @@ class ExpertParallel(Wrapper):
     def __post_init__(self) -> None:
         check_axis(self.mesh, self.degree, self.name)
         if self.dispatch not in DISPATCHES:
-            raise ValueError(f"{self.name}: dispatch is {self.dispatch!r}. Use one of {', '.join(map(repr, DISPATCHES))}.")
+            raise ValueError(
+                f"{self.name}: dispatch is {self.dispatch!r}. Use one of {', '.join(map(repr, DISPATCHES))}."
+            )
         if isinstance(self.placement, str) and self.placement != "contiguous":
             raise ValueError(
-                f"{self.name}: placement is {self.placement!r}. Use 'contiguous', or what balance_experts(load, degree) gives."
+                f"{self.name}: placement is {self.placement!r}. Use 'contiguous', or what balance_experts(load, degree) "
+                "gives."
             )
 
     def check(self, model: nn.Module) -> Iterable[str]:
@@ -114,10 +117,10 @@ def shard_experts(
 ) -> Any:
     """Expert parallelism: each rank holds and computes some experts of every layer, and skips routes to the others.
 
-    Parameters are DTensors, so that optimizers and `clip_grad_norm_` see the true ones; state, keys and shapes are those
-    of the whole model, in the original order of experts, and `save_pretrained`, called on every rank, writes an ordinary
-    checkpoint. Cannot be undone: what belongs to other ranks is dropped. With `shard_tensor_parallel` on the same ranks,
-    that takes attention and the vocabulary: `shard_experts(shard_tensor_parallel(model))`.
+    Parameters are DTensors, so that optimizers and `clip_grad_norm_` see the true ones; keys and shapes are those of
+    the whole model, and `save_pretrained`, called on every rank, writes an ordinary checkpoint, with the experts in
+    their original order. Cannot be undone: what belongs to other ranks is dropped. With `shard_tensor_parallel` on the
+    same ranks, that takes attention and the vocabulary: `shard_experts(shard_tensor_parallel(model))`.
 
     Args:
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a wrapper to

@@ -102,7 +102,7 @@ def shard_tensor_parallel(
     dimension by whole blocks of 32, unevenly where need be, and embedding and head over the vocabulary. Two all-reduces
     per layer (Shoeybi et al. 2019, Megatron-LM). All ranks must be given the same tokens, and all get the same logits,
     loss and, in `generate`, random numbers. Parameters are DTensors, so that optimizers and `clip_grad_norm_` see the
-    true ones; state, keys and shapes are those of the whole model, and `save_pretrained`, called on every rank, writes an
+    true ones; keys and shapes are those of the whole model, and `save_pretrained`, called on every rank, writes an
     ordinary checkpoint. Cannot be undone: what belongs to other ranks is dropped.
 
     With `shard_experts` on the same ranks, the experts are spread as that says, and this takes the rest.

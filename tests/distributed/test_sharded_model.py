@@ -33,11 +33,9 @@ from gptoss_opt import (
     shard_tensor_parallel,
     stack_of,
     undo,
-    with_fast_experts,
     with_flash_attention,
     with_mxfp4_experts,
 )
-from gptoss_opt.core import layout_of
 from gptoss_opt.model import safetensors_file
 from gptoss_opt.model.checkpoint import Checkpoint
 from tests.distributed.models import UNEVEN
@@ -176,21 +174,19 @@ def test_saves_several_files_over_those_of_before(ranks: Ranks, tmp_path: Path) 
     assert "model-00001-of-00099.safetensors" not in files
     assert "model.safetensors" not in files
     assert {"notes.txt", "model.safetensors.index.json"} <= set(files)
-    assert len([name for name in files if re.fullmatch(r"model-\d{5}-of-0000\d.safetensors", name)]) > 4
+    assert len([name for name in files if re.fullmatch(r"model-\d{5}-of-000\d\d.safetensors", name)]) > 4
     assert not [name for name in files if name.endswith(".part")]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert relative(plain(ids()).logits, tiny_model(**UNEVEN)(ids()).logits) < 1e-5
 
 
 def cannot_be_written(folder: Path) -> list[str]:
-    said = []
     model = shard_tensor_parallel(tiny_model(**UNEVEN))
-    for arguments in ({"save_directory": folder / "a file" / "below"}, {"save_directory": folder, "variant": "fp8"}):
-        try:
-            model.save_pretrained(**arguments)
-        except (OSError, ValueError) as error:
-            said.append(str(error))
-    return said
+    with pytest.raises(OSError, match="rank 0") as disk:
+        model.save_pretrained(folder / "a file" / "below")
+    with pytest.raises(ValueError, match="variant") as option:
+        model.save_pretrained(folder, variant="fp8")
+    return [str(disk.value), str(option.value)]
 
 
 def test_what_cannot_be_written_is_said_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
@@ -348,7 +344,9 @@ def refused(name: str) -> str:
         "other meshes": lambda: compose(shard_experts(degree=1), shard_tensor_parallel())(tiny_model(**UNEVEN)),
         "placement": lambda: shard_experts(tiny_model(**UNEVEN), placement=[[[0, 1]] * world] * 2),
         "layers": lambda: shard_experts(tiny_model(**UNEVEN), placement=balance_experts(LOAD[:1], world)),
-        "a rank": lambda: shard_tensor_parallel(tiny_model(**UNEVEN | {"num_hidden_layers": 2 + distributed.get_rank()})),
+        "a rank": lambda: shard_tensor_parallel(
+            tiny_model(**UNEVEN | {"num_hidden_layers": 2 + distributed.get_rank()})
+        ),
         "options": lambda: shard_tensor_parallel(tiny_model(**UNEVEN), lm_head=distributed.get_rank() == 0),
         "wrappers": lambda: (shard_experts if distributed.get_rank() else shard_tensor_parallel)(tiny_model(**UNEVEN)),
         "one rank's model": lambda: shard_experts(
@@ -378,7 +376,7 @@ REFUSALS = {
     "options": r"the ranks disagree on lm_head of shard_tensor_parallel: True on rank 0; False on rank 1",
     "wrappers": r"the ranks disagree on the wrappers: shard_tensor_parallel on rank 0; shard_experts on rank 1",
     "one rank's model": r"this model is already torch.compiled",
-    "one rank's other options": r"disagree on backend of with_flash_attention: 'reference' on rank 0; 'torch' on rank 1",
+    "one rank's other options": r"on backend of with_flash_attention: 'reference' on rank 0; 'torch' on rank 1",
 }
 
 

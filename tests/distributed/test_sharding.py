@@ -1,4 +1,4 @@
-"""Sharded models on 2 and 4 processes against one process: logits, loss, gradients, tokens, in any order of wrappers."""
+"""Sharded models on 2 and 4 processes against one process: logits, loss, gradients, tokens, in any order."""
 
 from __future__ import annotations
 
@@ -127,12 +127,12 @@ LEFT_OUT = {
     "the gradient into a product": "gradients",
     "the router's gradient": "gradients",
     "a bias once": "logits",
-    "the routes of others": "logits",
+    "whose expert it is": "logits",
 }
 
 
 def broken(what: str, wrap: str) -> dict[str, Any]:
-    into, out, once = Sum.into, Sum.out, add_once
+    into, out, once, places = Sum.into, Sum.out, add_once, dispatch.PartOfExperts.places
     try:
         if what == "an all-reduce":
             Sum.out = lambda self, x: x
@@ -142,19 +142,17 @@ def broken(what: str, wrap: str) -> dict[str, Any]:
             Sum.into = lambda self, x: x if x.shape[-1] == 2 else into(self, x)
         elif what == "a bias once":
             model_mesh.add_once = lambda x, here: x
-        elif what == "the routes of others":
-            real = dispatch._places
-            dispatch._places = lambda placement, device: (real(placement, device)[0] * 0, real(placement, device)[1])
+        elif what == "whose expert it is":
+            dispatch.PartOfExperts.places = lambda self, indices: (indices * 0 + self.added.rank, indices % 2)
         return on_rank(WRAPS[wrap])
     finally:
         Sum.into, Sum.out, model_mesh.add_once = into, out, once
-        if what == "the routes of others":
-            dispatch._places = real
+        dispatch.PartOfExperts.places = places
 
 
 @pytest.mark.parametrize(("what", "shown"), LEFT_OUT.items())
 def test_what_is_left_out_is_noticed(ranks: Ranks, exact: dict[str, Any], what: str, shown: str) -> None:
-    wrap = "expert parallel" if what == "the routes of others" else "tensor parallel"
+    wrap = "expert parallel" if what == "whose expert it is" else "tensor parallel"
     found = ranks(broken, what, wrap)
     with pytest.raises(AssertionError):
         compare(found, exact)
