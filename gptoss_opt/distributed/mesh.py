@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ def init_distributed(
 ) -> DeviceMesh:
     """Join the processes that torchrun started, and arrange them in a mesh.
 
-    On CUDA each process takes the GPU of its local rank. A process group that is there already is used as it is.
+    On CUDA each process takes the GPU of its local rank. A process group that is there already is used as it is; on
+    CPU, one that this makes is left when the process ends.
 
     Args:
         shape: ranks along each axis; all of them on one if it is left out.
@@ -49,6 +51,8 @@ def init_distributed(
         if kind == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+        if kind == "cpu":
+            atexit.register(_leave)
     num_ranks = distributed.get_world_size()
     shape = tuple(shape or (num_ranks,))
     held = torch.Size(shape).numel()
@@ -59,6 +63,12 @@ def init_distributed(
             "for each axis."
         )
     return init_device_mesh(kind, shape, mesh_dim_names=tuple(axes))
+
+
+def _leave() -> None:
+    # Gloo's threads, still running when the process ends, may abort it.
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def check_axis(mesh: object, degree: object, what: str) -> None:
@@ -95,8 +105,8 @@ def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.devic
         return f"degree={degree}, but axis {axis_name(mesh)!r} of the mesh has {mesh.size()} ranks. Give one of them."
     if mesh.device_type != device.type:
         return (
-            f"the mesh is of {mesh.device_type} ranks, and the model is on {device}. Move the model first, or make a mesh "
-            f"with init_distributed(device={device.type!r})."
+            f"the mesh is of {mesh.device_type} ranks, and the model is on {device}. Move the model first, or make a "
+            f"mesh with init_distributed(device={device.type!r})."
         )
     return None
 

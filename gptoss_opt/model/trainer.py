@@ -37,7 +37,7 @@ def tell_trainer(model: nn.Module, mesh: ModelMesh, journal: Journal) -> None:
 def _let_cpu_ranks_share_a_batch() -> None:
     """Let accelerate give several CPU processes the same batch.
 
-    It can, but its check of a `ParallelismConfig` lets pass only what it calls devices, which are those of accelerators.
+    It can, but its check of a `ParallelismConfig` lets pass only what it calls devices, which are accelerators.
     """
     config: Any = getattr(accelerate, "ParallelismConfig", None)
     if config is None:  # older versions: the Trainer says itself that it needs a later one

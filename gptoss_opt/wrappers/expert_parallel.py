@@ -45,8 +45,8 @@ class ExpertParallel(Wrapper):
             )
         if isinstance(self.placement, str) and self.placement != "contiguous":
             raise ValueError(
-                f"{self.name}: placement is {self.placement!r}. Use 'contiguous', or what balance_experts(load, degree) "
-                "gives."
+                f"{self.name}: placement is {self.placement!r}. Use 'contiguous', or what balance_experts(load, "
+                "degree) gives."
             )
 
     def check(self, model: nn.Module) -> Iterable[str]:

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
 from gptoss_opt import (
     balance_experts,
     compose,
+    gather_state_dict,
     init_distributed,
+    load,
     shard_experts,
     shard_tensor_parallel,
     stack_of,
@@ -23,9 +28,9 @@ from gptoss_opt import (
 )
 from gptoss_opt.distributed import Sum, add_once, model_mesh
 from gptoss_opt.model import dispatch
-from tests.distributed.models import UNEVEN, expected, on_rank
+from tests.distributed.models import UNEVEN, expected, measured, on_rank, whole
 from tests.distributed.ranks import Ranks
-from tests.helpers import ids, relative, tiny_model
+from tests.helpers import GOLDEN, ids, relative, tiny_model
 
 LOAD = [[9, 1, 1, 1, 5, 3], [1, 2, 3, 4, 5, 6]]
 
@@ -98,6 +103,44 @@ def test_tied_embeddings(ranks: Ranks) -> None:
 def test_without_attention_bias(ranks: Ranks, bias: bool) -> None:
     changes = {"attention_bias": bias, "pad_token_id": 5}
     compare(ranks(wrapped, "tensor parallel", changes), expected(**changes))
+
+
+def on_the_oracle(name: str, packed: bool, loading: bool) -> dict[str, Any]:
+    """`measured` of the golden checkpoint, wrapped while it is loaded or afterwards; gradients gathered."""
+    mesh = mesh_2d()
+    stacks = {
+        "tensor": compose(shard_tensor_parallel(mesh=mesh["tp"])),
+        "experts": compose(shard_experts()),
+        "two axes": compose(shard_tensor_parallel(mesh=mesh["tp"]), shard_experts(mesh=mesh["ep"])),
+    }
+    stack = compose(stacks[name], with_flash_attention(), with_mxfp4_experts() if packed else with_fast_experts())
+    if loading:
+        model = load(GOLDEN, stack, dtype=torch.float32)
+    else:
+        model = stack(AutoModelForCausalLM.from_pretrained(GOLDEN, dtype=torch.float32).float().eval())
+    exact = load_file(GOLDEN / "expected.safetensors")
+    found = measured(model, exact["input_ids"][None])
+    tokens = model.generate(exact["input_ids"][None], max_new_tokens=len(exact["greedy"]), do_sample=False)
+    return {**found, "gradients": whole(found["gradients"], model), "tokens": tokens}
+
+
+@pytest.mark.parametrize("loading", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["tensor", "experts", "two axes"])
+def test_on_the_oracle(ranks: Ranks, name: str, packed: bool, loading: bool) -> None:
+    exact = load_file(GOLDEN / "expected.safetensors")
+    found = ranks(on_the_oracle, name, packed, loading)
+    for one in found:
+        assert relative(one["logits"][0], exact["logits"]) < 1e-5
+        torch.testing.assert_close(one["loss"].double(), exact["loss"][0], rtol=1e-5, atol=0)
+        assert one["tokens"][0, len(exact["input_ids"]) :].tolist() == exact["greedy"].tolist()
+    gradients = found[0]["gradients"]
+    names = {name.removeprefix("grad.") for name in exact if name.startswith("grad.")}
+    assert any("router" in name for name in names)
+    compared = names & gradients.keys()
+    assert names - compared <= {name for name in names if packed and name.endswith(("gate_up_proj", "down_proj"))}
+    for name in compared:
+        assert relative(gradients[name], exact[f"grad.{name}"]) < 1e-4, name
 
 
 def every_order() -> int:
@@ -188,8 +231,6 @@ def trained(name: str, steps: int) -> tuple[list[float], list[float], dict[str, 
     model = WRAPS[name](tiny_model(**UNEVEN)).train()
     losses, norms = train(model, steps)
     held = {name: p.detach() for name, p in model.named_parameters()}
-    from tests.distributed.models import whole
-
     return losses, norms, whole(held, model)
 
 
@@ -222,10 +263,52 @@ def test_training_with_clipping(ranks: Ranks, name: str) -> None:
         assert relative(found[0][2][key], parameter) < 1e-3, key
 
 
+def under_fsdp(axes: tuple[str, str]) -> dict[str, Any]:
+    """Three steps of a model sharded over one axis and by FSDP2 over the other; each replica has half of the batch."""
+    mesh = mesh_2d(axes)
+    dp, inner = (mesh[axis] for axis in axes)
+    wrap = shard_tensor_parallel if axes[1] == "tp" else shard_experts
+    model = wrap(tiny_model(**UNEVEN), mesh=inner)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=dp)
+    fully_shard(model, mesh=dp)
+    parts, mine = dp.size(), dp.get_local_rank()
+    batch = ids(batch=4)[mine * (4 // parts) :][: 4 // parts]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, norms = [], []
+    for _ in range(3):
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).full_tensor().item())
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach() / distributed.get_world_size()
+        distributed.all_reduce(mean)
+        losses.append(mean.item())
+    with pytest.raises(ValueError, match=r"something else, such as FSDP, has sharded it since"):
+        dict(gather_state_dict(model))
+    return {"losses": losses, "norms": norms}
+
+
+@pytest.mark.parametrize("axes", [("dp", "tp"), ("dp", "ep")])
+def test_composes_with_fsdp2_over_the_data_axis(ranks: Ranks, axes: tuple[str, str]) -> None:
+    model, batch = tiny_model(**UNEVEN), ids(batch=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, norms = [], []
+    for _ in range(3):
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    for found in ranks(under_fsdp, axes):
+        torch.testing.assert_close(found["losses"], losses, rtol=1e-4, atol=0)
+        torch.testing.assert_close(found["norms"], norms, rtol=1e-4, atol=0)
+
+
 def replicas(name: str) -> dict[str, Any]:
     """Two ranks share a batch, or have their own; each replica has a half of it. Gradients, gathered."""
-    from tests.distributed.models import whole
-
     model = tiny_model(**UNEVEN)
     world = distributed.get_world_size()
     if name == "all to all":
