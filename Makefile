@@ -33,6 +33,7 @@ bench: $(VENV)/.built
 	$(RUN) -m benchmarks.attention
 	$(RUN) -m benchmarks.experts
 	$(RUN) -m benchmarks.load
+	$(RUN) -m benchmarks.parallel
 
 clean:
 	rm -rf $(VENV) $(OLDEST)

@@ -1,4 +1,4 @@
-"""Sharded models: bytes per rank, collectives per token, time beside transformers' expert parallelism, and a model of it.
+"""Sharded models: bytes per rank, collectives per token, time beside transformers' expert parallelism.
 
     python -m benchmarks.parallel [--layers N] [--repeats N]
 
@@ -9,13 +9,14 @@ several GPUs the same ranks use NCCL; Gloo on CUDA tensors would be a smoke test
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,10 +30,10 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.harness import record, table
-from benchmarks.step_model import GPUS, RELEASED, Step, counts_of, step_time
+from benchmarks.harness import record, resident, table
+from benchmarks.step_model import GPUS, RELEASED, Step, bytes_held, counts_of, step_time
 from gptoss_opt import balance_experts, compose, load, shard_experts, shard_tensor_parallel, with_fast_experts
-from gptoss_opt.distributed import collectives
+from gptoss_opt.distributed import collectives, split
 
 RANKS = 2
 PREFILL, TRAIN = 256, 128
@@ -40,6 +41,9 @@ SHARE = 0.51
 TIME_RATIO = 1.0
 TOLERANCE = 0.05
 POINTS = "points.json"
+DEGREES = (1, 2, 4, 8)
+LARGEST, SLACK = 16 * 2880 * 5760 * 2 // RANKS, 64 << 20
+"""A tensor, and what a process takes besides, when a shard is loaded."""
 
 
 def config(layers: int) -> GptOssConfig:
@@ -73,8 +77,11 @@ def checkpoint(folder: Path, layers: int) -> None:
 
 @dataclass
 class Traffic:
-    """What one rank sends in a step, besides itself: by ring algorithms, 2 (n - 1) / n of what it gives to an all-reduce,
-    n - 1 times what it gives to an all-gather, and the parts for others of what it gives to an all-to-all."""
+    """The collectives of a step, and the bytes that one rank sends to others in them.
+
+    By ring algorithms those are 2 (n - 1) / n of what it gives to an all-reduce and n - 1 times what it gives to an
+    all-gather; of what it gives to an all-to-all, the parts for others.
+    """
 
     all_reduces: int = 0
     all_gathers: int = 0
@@ -186,18 +193,28 @@ def on_rank(rank: int, port: int, path: Path, repeats: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     store = distributed.TCPStore("127.0.0.1", port, None, False)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    models = {name: build(name, path) for name in NAMES}
+    models: dict[str, Any] = {}
     points: list[dict[str, Any]] = []
-    for name, model in models.items():
-        points.append({"case": "bytes", "model": name, **held(model)})
+    for name in NAMES:
+        before = forget_peak()
+        models[name] = build(name, path)
+        peak = resident("VmHWM") - before
+        bytes_held_here = held(models[name])
+        points.append({"case": "bytes", "model": name, **bytes_held_here, "load_peak": peak})
     for kind in STEPS:
-        for name, model in models.items():
+        for model in models.values():
             model.train(kind == "train")
         points += steps_of_kind(models, kind, repeats)
     if rank == 0:
         (path / POINTS).write_text(json.dumps(points))
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def forget_peak() -> int:
+    """Make the system forget the most memory that this process had, and return what it has now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def held(model: Any) -> dict[str, float]:
@@ -278,62 +295,77 @@ def imbalance() -> list[dict[str, Any]]:
     weights = 1 / torch.arange(1, 33, dtype=torch.float64)
     load = [weights[torch.randperm(32, generator=generator)].tolist() for _ in range(24)]
     points = []
-    for degree in (2, 4, 8):
-        contiguous = [[list(range(r * 32 // degree, (r + 1) * 32 // degree)) for r in range(degree)]] * 24
+    for degree in DEGREES[1:]:
+        contiguous = [tuple(tuple(part) for part in split(32, degree))] * 24
+        bound = max(1.0, max(weights).item() / (sum(weights).item() / degree))
         for name, placement in (("contiguous", contiguous), ("balanced", balance_experts(load, degree))):
-            worst = [
-                max(sum(layer[e] for e in experts) for experts in ranks) / (sum(layer) / degree)
-                for layer, ranks in zip(load, placement, strict=True)
-            ]
-            bound = max(1.0, max(weights).item() / (sum(weights).item() / degree))
-            points.append(
-                {
-                    "case": "imbalance",
-                    "degree": degree,
-                    "placement": name,
-                    "fullest": statistics.mean(worst),
-                    "bound": bound,
-                }
-            )
+            layers = zip(load, placement, strict=True)
+            worst = [fullest(layer, ranks) for layer, ranks in layers]
+            fields = {"degree": degree, "placement": name, "fullest": statistics.mean(worst), "bound": bound}
+            points.append({"case": "imbalance", **fields})
     return points
+
+
+def fullest(load: Sequence[float], placement: Sequence[Sequence[int]]) -> float:
+    """The load of the fullest rank, of the mean."""
+    return max(sum(load[e] for e in experts) for experts in placement) / (sum(load) / len(placement))
 
 
 def modelled() -> list[dict[str, Any]]:
     """Decoding on 1 to 8 GPUs by the model of the step time."""
-    points = []
-    for size, settings in RELEASED.items():
-        for gpu in GPUS:
-            for degree in (1, 2, 4, 8):
-                for batch in (1, 64):
-                    found = step_time(settings, gpu, Step(degree, batch, packed=True))
-                    points.append(
-                        {"case": "modelled", "size": size, "gpu": gpu.name, "degree": degree, "batch": batch, **found}
-                    )
-    return points
+    cases = itertools.product(RELEASED, GPUS, DEGREES, (1, 64))
+    return [
+        {
+            "case": "modelled",
+            "size": size,
+            "gpu": gpu.name,
+            "degree": degree,
+            "batch": batch,
+            **step_time(RELEASED[size], gpu, Step(degree, batch, packed=True)),
+        }
+        for size, gpu, degree, batch in cases
+    ]
+
+
+def memory_table() -> list[dict[str, Any]]:
+    """The parameters of the released models on the fullest of 1 to 8 ranks, by the layout."""
+    cases = itertools.product(RELEASED, (True, False), DEGREES)
+    return [
+        {
+            "case": "memory",
+            "size": size,
+            "packed": packed,
+            "degree": degree,
+            "bytes": bytes_held(RELEASED[size], degree, packed=packed),
+        }
+        for size, packed, degree in cases
+    ]
 
 
 def check(points: list[dict[str, Any]], settings: GptOssConfig) -> list[str]:
     """What of the targets is not reached, and where the model of the step counts otherwise than was measured."""
     found = {(point["case"], point["model"]): point for point in points if "model" in point}
     missed = []
+    for name in NAMES[1:]:
+        point = found["bytes", name]
+        if point["load_peak"] > point["bytes"] + LARGEST + SLACK:
+            missed.append(f"loading {name} took {point['load_peak'] / 1e6:.0f} MB, to hold {point['bytes'] / 1e6:.0f}")
     share = found["bytes", NAMES[2]]["share_of_splittable"]
     if share > SHARE:
         missed.append(f"each rank holds {share:.3f} of what can be split, not {SHARE}")
     for kind in STEPS:
-        theirs = found[kind, NAMES[0]]
-        for name in NAMES[1:2]:
-            if found[kind, name]["sent"] > theirs["sent"]:
-                missed.append(
-                    f"{kind}: {name} sends {found[kind, name]['sent']:.0f} bytes, transformers {theirs['sent']:.0f}"
-                )
-        for name in NAMES[1:]:
-            if found[kind, name]["ratio_to_transformers"] > TIME_RATIO:
-                missed.append(f"{kind}: {name} takes {found[kind, name]['ratio_to_transformers']:.2f}x the time")
+        theirs, ours = found[kind, NAMES[0]]["sent"], found[kind, NAMES[1]]["sent"]
+        if ours > theirs:
+            missed.append(f"{kind}: {NAMES[1]} sends {ours:.0f} bytes, transformers {theirs:.0f}")
+    ratios = {(kind, name): found[kind, name]["ratio_to_transformers"] for kind in STEPS for name in NAMES[1:]}
+    slow = {case: ratio for case, ratio in ratios.items() if ratio > TIME_RATIO}
+    missed += [f"{kind}: {name} takes {ratio:.2f}x the time" for (kind, name), ratio in slow.items()]
     for kind, tokens in (("prefill", PREFILL), ("decode", 1)):
         measured = found[kind, NAMES[2]]
         predicted = counts_of(settings, RANKS, tokens, logits=tokens)
-        same = (predicted.all_reduces, predicted.all_gathers) == (measured["all_reduces"], measured["all_gathers"])
-        assert same and math.isclose(predicted.sent, measured["sent"]), (predicted, measured)
+        assert predicted.all_reduces == measured["all_reduces"], (predicted, measured)
+        assert predicted.all_gathers == measured["all_gathers"], (predicted, measured)
+        assert math.isclose(predicted.sent, measured["sent"]), (predicted, measured)
     return missed
 
 
@@ -351,9 +383,15 @@ def main() -> None:
     steps = [point for point in points if point["case"] in STEPS]
     print(
         table(
-            ("held by a rank", "MB", "of all", "of what can be split"),
+            ("held by a rank", "MB", "of all", "of what can be split", "peak of loading"),
             [
-                (p["model"], f"{p['bytes'] / 1e6:,.0f}", f"{p['share']:.3f}", f"{p['share_of_splittable']:.3f}")
+                (
+                    p["model"],
+                    f"{p['bytes'] / 1e6:,.0f}",
+                    f"{p['share']:.3f}",
+                    f"{p['share_of_splittable']:.3f}",
+                    f"{p['load_peak'] / 1e6:,.0f} MB",
+                )
                 for p in points
                 if p["case"] == "bytes"
             ],
@@ -377,7 +415,7 @@ def main() -> None:
             ],
         )
     )
-    more = [*imbalance(), *modelled()]
+    more = [*imbalance(), *memory_table(), *modelled()]
     print()
     print(
         table(
@@ -397,6 +435,16 @@ def main() -> None:
     print(f"\nwritten to {path}")
     for line in missed:
         print(f"NOT REACHED: {line}")
+
+
+def memory_rows(points: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table of memory, one row for each size, packed and dense."""
+    rows: dict[str, list[str]] = {}
+    for p in points:
+        if p["case"] == "memory":
+            label = f"{p['size']}, {'packed' if p['packed'] else 'bfloat16'}"
+            rows.setdefault(label, []).append(f"{p['bytes'] / 1e9:.1f}")
+    return [(label, *cells) for label, cells in rows.items()]
 
 
 def modelled_rows(points: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the weights (default: float32, or with --model auto, the dtype of the files)",
     )
     demo.add_argument("--threads", type=_whole_number(1), metavar="N", help="CPU threads (default: torch's own choice)")
+    demo.add_argument("--ranks", type=_whole_number(2), metavar="N", help="shard the model over N processes as well")
     demo.set_defaults(run=_demo)
     return top
 
@@ -72,7 +73,7 @@ def _whole_number(least: int) -> Callable[[str], int]:
 def _demo(args: argparse.Namespace) -> int:
     from .demo import DemoError, run_demo
 
-    chosen = {name: getattr(args, name) for name in ("lengths", "new_tokens", "dtype", "threads")}
+    chosen = {name: getattr(args, name) for name in ("lengths", "new_tokens", "dtype", "threads", "ranks")}
     try:
         report = run_demo(args.model, **{name: value for name, value in chosen.items() if value is not None})
     except (DemoError, CompatibilityError, BackendError) as error:

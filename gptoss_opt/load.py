@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import GptOssForCausalLM
 
 from .core import Form, Part, Phase, Stack, Stored, Wrapper, compose
+from .core.apply import layout_for
 from .core.stack import agreed, apply
 from .model.build import Weights, build, fill
 from .model.checkpoint import Checkpoint
@@ -59,7 +60,9 @@ def load(
     model = build(checkpoint, _usable("cpu" if device is None else device), dtype)
     agreed(stack, model)
     weights = Weights.of(checkpoint, model)
-    with tqdm(total=weights.num_bytes, desc="loading", unit="B", unit_scale=True, delay=1) as bar:
+    with tqdm(
+        total=weights.num_bytes(layout_for(stack.wrappers, model)), desc="loading", unit="B", unit_scale=True, delay=1
+    ) as bar:
         weights = replace(weights, on_bytes=bar.update)
 
         def source(parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,7 +30,7 @@ def move_to(model: nn.Module, target: Wrappers, prefix: int, source: Source | No
         raise IrreversibleError(
             f"{', '.join(map(repr, stuck))} cannot be taken off: it dropped data. Reload the model and wrap it anew."
         )
-    layout = _layout_of(target, model)
+    layout = layout_for(target, model)
     record = model.__dict__.setdefault(RECORD, Record())
     # What modules compute with lies under all that wrappers put around them.
     prefix = prefix if layout.mesh == record.layout.mesh else 0
@@ -59,8 +59,8 @@ def move_to(model: nn.Module, target: Wrappers, prefix: int, source: Source | No
             del model.__dict__[RECORD]
 
 
-def _layout_of(target: Wrappers, model: nn.Module) -> Layout:
-    """How all wrappers of a stack together want the parameters held."""
+def layout_for(target: Sequence[Wrapper], model: nn.Module) -> Layout:
+    """How all wrappers of a stack together want the parameters of a model held."""
     working = (wrapper for wrapper in target if not holder_of(wrapper, target))
     return functools.reduce(lambda layout, wrapper: wrapper.layout(model, layout), working, Layout())
 

@@ -1,7 +1,8 @@
 """The demo: GPT-OSS in eager attention and with the wrappers, measured and compared.
 
-Two tables: generation and a training step over long prompts, and decoding with the experts held in each way. Each row
-is measured in a process of its own, so that its memory is its own. Timed once, after a short warm-up.
+Two tables: generation and a training step over long prompts, and decoding with the experts held in each way; and a
+third with the model sharded over several processes, if they are asked for. Each row is measured in a process of its
+own, so that its memory is its own. Timed once, after a short warm-up.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from ..wrappers.flash_attention import with_flash_attention
 from ..wrappers.mxfp4_experts import with_mxfp4_experts
 from .decode import PROMPT, Decoder
 from .measure import Subject, Wrap
-from .report import DecodeResult, Report, Result
+from .report import DecodeResult, Report, Result, ShardedResult
+from .sharded import SHARDED_ROWS, measure_sharded
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def run_demo(
     rows: Sequence[Row] = ROWS,
     decode_rows: Sequence[Row] = DECODE_ROWS,
     isolated: bool = True,
+    ranks: int | None = None,
 ) -> Report:
     """Generate and train one step with every stack at every length, decode with the experts held in each way, compare.
 
@@ -171,9 +174,11 @@ def run_demo(
         rows: the stacks.
         decode_rows: the ways to hold the experts.
         isolated: measure each stack in a process of its own. Without, memory is less exact.
+        ranks: shard the model over so many processes too, in float32 unless another dtype is asked for.
 
     Raises:
-        DemoError: the model cannot be loaded, is not a GPT-OSS model, or does not fit into memory.
+        DemoError: the model cannot be loaded, is not a GPT-OSS model, does not fit into memory, or does not divide over
+            the ranks.
 
     Example:
         >>> report = run_demo(size="tiny", wide=None, lengths=[16], new_tokens=2, isolated=False)
@@ -189,14 +194,18 @@ def run_demo(
     with tempfile.TemporaryDirectory(prefix="gptoss_opt-demo-") as scratch:
         path = model or str(random_checkpoint(Path(scratch, "checkpoint"), size))
         check_model(path, lengths[-1])
+        check_ranks(path, ranks)
         if not packed(path):
             # To pack dense weights is lossy: there is no first row to hold it to.
             decode_rows = [row for row in decode_rows if row.wrap is not with_mxfp4_experts]
+        sharded_rows = ((None, None), *SHARDED_ROWS) if ranks else ()
+        sharded: list[ShardedResult] = []
         results: list[Result] = []
         decoded: list[DecodeResult] = []
         explanations = ["", ""]
         bar_format = "{desc:<42}{bar}| {n_fmt}/{total_fmt} {elapsed}"
-        with tqdm(total=len(rows) * (1 + len(lengths)) + len(decode_rows), bar_format=bar_format, ncols=80) as bar:
+        total = len(rows) * (1 + len(lengths)) + len(decode_rows) + len(sharded_rows)
+        with tqdm(total=total, bar_format=bar_format, ncols=80) as bar:
             for row in rows:
                 with _explained(path), _caller(isolated) as call:
                     bar.set_description_str(f"{row.label}: load")
@@ -206,6 +215,12 @@ def run_demo(
                         bar.set_description_str(f"{row.label}: length {length}")
                         results.append(call(_measure, length, new_tokens, Path(scratch, f"first-{length}.pt")))
                         bar.update()
+            for label, wrap in sharded_rows:
+                bar.set_description_str(f"{label or 'one process'}: decode")
+                with _explained(path), _caller(isolated=False) as call:
+                    first = Path(scratch, "one.pt"), path, sharded_dtype(dtype), threads, new_tokens
+                    sharded.append(call(measure_sharded, ranks, label, wrap, *first))
+                    bar.update()
             for row in decode_rows:
                 if not decoded and model is None and wide is not None:
                     path = str(_wide_checkpoint(Path(scratch, "wide"), wide))
@@ -225,7 +240,21 @@ def run_demo(
         tuple(decoded),
         "\n\n".join(filter(None, explanations)),
         CODE.format(model=model or "openai/gpt-oss-20b"),
+        f"{name}, dtype {str(sharded_dtype(dtype)).removeprefix('torch.')}, {new_tokens} tokens after {PROMPT}",
+        tuple(sharded),
     )
+
+
+def sharded_dtype(dtype: str) -> torch.dtype:
+    """The dtype of the third table."""
+    return torch.bfloat16 if dtype in ("bfloat16", "float16") else torch.float32
+
+
+def check_ranks(path: str, ranks: int | None) -> None:
+    """Raise `DemoError` if this model does not divide over so many processes."""
+    heads = AutoConfig.from_pretrained(path).num_key_value_heads
+    if ranks and heads % ranks:
+        raise DemoError(f"the {heads} key/value heads of {path!r} do not divide over {ranks} ranks.")
 
 
 def _wide_checkpoint(folder: Path, size: Size) -> Path:

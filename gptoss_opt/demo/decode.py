@@ -21,7 +21,15 @@ PROMPT = 64
 class Decoder:
     """The model that a measuring process holds: as transformers loads it, or loaded with a wrapper."""
 
-    def __init__(self, path: str, dtype: torch.dtype, label: str, wrap: Wrap | None, threads: int | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        dtype: torch.dtype,
+        label: str,
+        wrap: Wrap | None,
+        threads: int | None,
+        device: torch.device | None = None,
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.label = label
@@ -29,8 +37,8 @@ class Decoder:
         if wrap is None:
             self.model: Any = load_eager(path, dtype)
         else:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self.model = load(path, wrap(None), device=device, dtype=dtype)
+            default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.model = load(path, wrap(None), device=device or default, dtype=dtype)
         self.load_seconds = time.perf_counter() - start
 
     @property

@@ -24,6 +24,11 @@ DECODE_FOOTNOTE = """\
 Load: from the file to a model; the first row by transformers, the others by gptoss_opt.load. Expert weights: as they
 are stored. Decode: one token after the other, by the median step of generate."""
 
+SHARDED_HEADINGS = ("held by", "same greedy tokens", "max logit diff", "parameters of a rank", "decode")
+SHARDED_FOOTNOTE = """\
+Every rank computes its part of every token. On one machine's cores, ranks share what one process has to itself: what
+they save here is memory. Across machines: docs/several_nodes.md."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -92,7 +97,35 @@ class DecodeResult:
         )
 
 
-def _same(result: Result | DecodeResult) -> str:
+@dataclass(frozen=True)
+class ShardedResult:
+    """One line of the third table: a model that several processes hold together, against one process.
+
+    Attributes:
+        new_tokens, same_tokens, logit_difference, problems: as in `Result`.
+        held_mib: of all parameters, what the first rank holds.
+        tokens_per_second: of decoding, one row.
+    """
+
+    stack: str
+    new_tokens: int
+    same_tokens: int
+    logit_difference: float
+    problems: tuple[str, ...]
+    held_mib: float
+    tokens_per_second: float
+
+    def cells(self, first: ShardedResult) -> tuple[str, ...]:
+        """The line as text."""
+        return (
+            self.stack,
+            *(("-", "-") if self is first else (_same(self), f"{self.logit_difference:.1e}")),
+            f"{self.held_mib:.1f} MiB ({self.held_mib / first.held_mib:.0%})",
+            f"{self.tokens_per_second:.1f} tokens/s",
+        )
+
+
+def _same(result: Result | DecodeResult | ShardedResult) -> str:
     same, of = result.same_tokens, result.new_tokens
     return "yes" if same == of else f"first {same} of {of}"
 
@@ -113,11 +146,14 @@ class Report:
     decode_results: tuple[DecodeResult, ...]
     explanation: str
     code: str
+    sharded_title: str = ""
+    sharded_results: tuple[ShardedResult, ...] = ()
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What is beyond the tolerance, in all rows; empty if every stack gave the same model."""
-        results: tuple[Result | DecodeResult, ...] = (*self.results, *self.decode_results)
+        results: tuple[Result | DecodeResult | ShardedResult, ...]
+        results = (*self.results, *self.decode_results, *self.sharded_results)
         return tuple(problem for result in results for problem in result.problems)
 
     def __str__(self) -> str:
@@ -130,6 +166,9 @@ class Report:
         if self.decode_results:
             lines = [line.cells(self.decode_results[0]) for line in self.decode_results]
             parts += [self.decode_title, _table(DECODE_HEADINGS, lines), DECODE_FOOTNOTE]
+        if self.sharded_results:
+            shards = [line.cells(self.sharded_results[0]) for line in self.sharded_results]
+            parts += [self.sharded_title, _table(SHARDED_HEADINGS, shards), SHARDED_FOOTNOTE]
         parts += ["\n".join(f"NOT THE SAME: {problem}" for problem in self.problems), self.explanation, self.code]
         return "\n\n".join(part for part in parts if part)
 

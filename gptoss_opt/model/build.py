@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import GenerationConfig, GptOssForCausalLM
 
-from ..core import DENSE, STORAGES, Form, Part, Split, Stored, exchange, held_by
+from ..core import DENSE, STORAGES, Form, Layout, Part, Split, Stored, exchange, held_by
 from ..kernels import memory
 from ..kernels.mxfp4 import BLOCK
 from .checkpoint import Checkpoint, CheckpointError
@@ -62,8 +63,6 @@ class Weights:
     """All parameters of the model, as they are called when dense."""
     packed: frozenset[str]
     """Those that the checkpoint holds as MXFP4."""
-    num_bytes: int
-    """Of all that the model needs."""
     on_bytes: Callable[[int], None] | None = None
     """Called with the bytes read, as they come."""
 
@@ -83,7 +82,17 @@ class Weights:
                 stacklevel=3,
             )
         names = tuple(name for name, _ in model.named_parameters())
-        return cls(checkpoint, names, packed, sum(checkpoint.tensors[key].num_bytes for key in keys))
+        return cls(checkpoint, names, packed)
+
+    def num_bytes(self, layout: Layout) -> int:
+        """Of all that this rank needs."""
+        coordinate, total = layout.mesh.coordinate if layout.mesh else {}, 0
+        for name in self.parameters:
+            form = layout.form(name)
+            shares = [len(form.index(coordinate)[split.dim]) / split.size for split in form.splits]
+            suffixes = MXFP4.suffixes if name in self.packed else ("",)
+            total += sum(round(self.checkpoint.tensors[name + s].num_bytes * math.prod(shares)) for s in suffixes)
+        return total
 
     def read(self, key: str, index: Index = NOTHING) -> Tensor:
         """A tensor of the checkpoint, or a slice of it, in memory of its own."""
