@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import gptoss_opt
 from gptoss_opt.core.wrapper import WRAPPERS
-from tests.helpers import GOLDEN, ids, tiny_model
+from tests.helpers import GOLDEN, group_of_one, ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -39,6 +39,13 @@ def namespace() -> dict[str, Any]:
         "path": str(GOLDEN),
         "AutoModelForCausalLM": AutoModelForCausalLM,
     }
+
+
+@pytest.fixture(autouse=True)
+def _group_of_one():
+    # Examples are those of a script under torchrun with one process.
+    with group_of_one():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -82,5 +89,5 @@ def test_docstring_examples(module: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_public_functions_have_examples() -> None:
     for name in gptoss_opt.__all__:
-        if name.startswith("with_") or name in {"compose", "explain", "undo", "stack_of", "Stack"}:
+        if name.startswith(("with_", "shard_")) or name in {"compose", "explain", "undo", "stack_of", "Stack"}:
             assert ">>>" in (getattr(gptoss_opt, name).__doc__ or ""), name

@@ -15,6 +15,7 @@ import torch
 from gptoss_opt import cli, demo, load, with_flash_attention
 from gptoss_opt.demo import DECODE_ROWS, ROWS, WIDE, DemoError, Row, decode, run_demo
 from gptoss_opt.demo.measure import PeakMemory, compare
+from gptoss_opt.demo.sharded import SHARDED_ROWS
 from gptoss_opt.testing import random_checkpoint
 
 
@@ -42,6 +43,23 @@ def frozen_sinks(model: Any) -> Any:
     for layer in model.model.layers:
         layer.self_attn.sinks.requires_grad_(False)
     return model
+
+
+def test_sharded_over_two_processes() -> None:
+    report = small_run(lengths=[8], rows=ROWS[:1], decode_rows=(), ranks=2)
+    assert report.problems == ()
+    one, *sharded = report.sharded_results
+    assert [line.stack for line in sharded] == [f"{label}, 2 ranks" for label, _ in SHARDED_ROWS]
+    for line in sharded:
+        assert line.same_tokens == line.new_tokens
+        assert line.held_mib < 0.75 * one.held_mib
+        assert line.tokens_per_second > 0
+    assert "shard_experts, 2 ranks" in str(report)
+
+
+def test_ranks_that_do_not_divide_the_heads() -> None:
+    with pytest.raises(DemoError, match="the 2 key/value heads of .* do not divide over 3 ranks"):
+        small_run(ranks=3)
 
 
 def test_every_stack_at_every_length_gives_the_same_model() -> None:
