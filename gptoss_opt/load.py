@@ -12,7 +12,7 @@ from transformers import GptOssForCausalLM
 
 from .core import Form, Part, Phase, Stack, Stored, Wrapper, compose
 from .core.apply import layout_for
-from .core.stack import agreed, apply
+from .core.stack import agreed, apply, fail_together
 from .model.build import Weights, build, fill
 from .model.checkpoint import Checkpoint
 
@@ -56,10 +56,14 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"load: dtype is {dtype}. Use one of {', '.join(map(str, DTYPES))}; float16 overflows.")
     stack = compose(*wrappers)
-    checkpoint = Checkpoint.open(path_or_id)
-    model = build(checkpoint, _usable("cpu" if device is None else device), dtype)
+    try:
+        checkpoint = Checkpoint.open(path_or_id)
+        model = build(checkpoint, _usable("cpu" if device is None else device), dtype)
+        weights = Weights.of(checkpoint, model)
+    except Exception as error:
+        fail_together(stack, error)
+        raise
     agreed(stack, model)
-    weights = Weights.of(checkpoint, model)
     with tqdm(
         total=weights.num_bytes(layout_for(stack.wrappers, model)), desc="loading", unit="B", unit_scale=True, delay=1
     ) as bar:

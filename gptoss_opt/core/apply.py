@@ -32,8 +32,8 @@ def move_to(model: nn.Module, target: Wrappers, prefix: int, source: Source | No
         )
     layout = layout_for(target, model)
     record = model.__dict__.setdefault(RECORD, Record())
-    # What modules compute with lies under all that wrappers put around them.
-    prefix = prefix if layout.mesh == record.layout.mesh else 0
+    # What modules compute with lies under all that wrappers put around them, and goes by how parameters are held.
+    prefix = prefix if layout.mesh is None and record.layout.mesh is None else 0
     held, old = record.held, record.layout
     moved = None
     try:

@@ -110,6 +110,14 @@ class Around:
         return self.function(self.data, self.module, self.inner, *args, **kwargs)
 
 
+def _own(owner: Any, name: str) -> Any:
+    """What an object has of its own under a name. What a module's class gives it, it has again once ours is deleted."""
+    of_class = getattr(type(owner), name, MISSING)
+    if isinstance(owner, nn.Module) and of_class is not MISSING and not isinstance(of_class, property):
+        return owner.__dict__.get(name, MISSING)
+    return getattr(owner, name, MISSING)
+
+
 @dataclass
 class Journal:
     """Makes changes to a model and remembers them, in order."""
@@ -119,7 +127,7 @@ class Journal:
     def set(self, model: nn.Module, path: str, name: str, value: Any) -> None:
         """Set attribute `name` of the object at `path` to `value`."""
         owner = resolve_path(model, path)
-        edit = SetAttribute(path, name, getattr(owner, name, MISSING), value)
+        edit = SetAttribute(path, name, _own(owner, name), value)
         setattr(owner, name, value)
         self.edits.append(edit)
 

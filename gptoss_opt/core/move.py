@@ -7,7 +7,7 @@ are the same thing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def move(model: nn.Module, held: Mapping[str, Held], layout: Layout, source: Sou
         source: where their values come from, if not from the model.
     """
     held = {parameter: how for parameter, how in held.items() if how.stands(model, parameter)}
-    now = {parameter: held.get(parameter) or _plain(model, parameter) for parameter in _parameters(model, held)}
+    now = {parameter: _now(model, parameter, held.get(parameter)) for parameter in _parameters(model, held)}
     wanted = {parameter: (layout.form(parameter), layout.mesh) for parameter in now}
     moving = {parameter: how for parameter, how in now.items() if (how.form, how.mesh) != wanted[parameter]}
     # A source shows its own progress. A small model is done before the bar would show.
@@ -139,8 +139,12 @@ def _parameters(model: nn.Module, held: Mapping[str, Held]) -> Iterator[str]:
     yield from dict.fromkeys(dense.get(name, name) for name, _ in model.named_parameters())
 
 
-def _plain(model: nn.Module, parameter: str) -> Held:
-    return Held(Form(), None, float("inf"), model.get_parameter(parameter).requires_grad)
+def _now(model: nn.Module, parameter: str, how: Held | None) -> Held:
+    """How a parameter is held; the user may have frozen it since."""
+    how = how or Held(Form(), None, float("inf"), False)
+    if how.form.storage != DENSE.name:
+        return how
+    return replace(how, requires_grad=model.get_parameter(parameter).requires_grad)
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

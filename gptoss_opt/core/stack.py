@@ -167,6 +167,13 @@ def _examined(wrappers: Iterable[Wrapper], model: nn.Module | None) -> tuple[lis
     return stack, problems
 
 
+def fail_together(stack: Stack, error: Exception) -> None:
+    """Tell the other processes, which are about to agree on a stack, that this one has no model to apply it to."""
+    for wrapper in stack:
+        if wrapper.confer(None, stack.wrappers, [f"{type(error).__name__}: {error}"]):
+            return
+
+
 def agreed(wrappers: Iterable[Wrapper], model: nn.Module) -> Stack:
     """`resolve`, with the other processes that hold the model together, if there are any."""
     stack, problems = _examined(wrappers, model)

@@ -112,11 +112,11 @@ class Wrapper:
         """Problems with this very model, as sentences. Touches nothing."""
         return ()
 
-    def confer(self, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
+    def confer(self, model: nn.Module | None, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
         """Problems that other processes have with this stack, or that they have another one; theirs, as sentences.
 
         For a wrapper that makes several processes work together: each calls this before anything is touched, with its
-        own `problems`, so that none goes on while another cannot.
+        own `problems`, so that none goes on while another cannot. One that could not even make its model has none.
         """
         return []
 

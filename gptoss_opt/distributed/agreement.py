@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from torch import distributed
 
-_MEETINGS = itertools.count()
+_MEETINGS: Counter[tuple[int, ...]] = Counter()
+"""How often this rank has met with which ranks."""
+
+MOST = 5
+"""Disagreements that are spelled out."""
+
+GONE = json.dumps(None)
+"""What a rank says in a meeting after it has given up waiting, so that nobody who comes later takes it for present."""
 
 
 def disagreements(statement: Mapping[str, str], problems: Sequence[str], ranks: Sequence[int]) -> list[str]:
@@ -29,36 +36,50 @@ def disagreements(statement: Mapping[str, str], problems: Sequence[str], ranks: 
     """
     store: Any = distributed.distributed_c10d._get_default_store()
     rank = distributed.get_rank()
-    meeting = next(_MEETINGS)
-    keys = {other: f"gptoss_opt/meeting {meeting}/{other}" for other in ranks}
-    store.set(keys[rank], json.dumps({"statement": dict(statement), "problems": list(problems)}))
-    said = {}
-    for other, key in keys.items():
-        try:
-            store.wait([key], store.timeout)
-        except (RuntimeError, ValueError) as error:
-            raise TimeoutError(
-                f"rank {rank} waited {_seconds(store.timeout)} for rank {other}, which did not wrap its model as well. "
-                "Every rank must apply the same wrappers in the same order; see whether that rank has died."
-            ) from error
-        said[other] = json.loads(store.get(key))
+    mine = json.dumps({"statement": dict(statement), "problems": list(problems)})
+    said: dict[int, Any] = {}
+    while None in said.values() or not said:
+        said = _meet(store, rank, tuple(ranks), mine)
     found = [
         f"on rank {other}: {problem}"
         for other, saying in said.items()
         for problem in saying["problems"]
         if other != rank and problem not in problems
     ]
-    return found + list(_differences({other: saying["statement"] for other, saying in said.items()}))
+    # Where one cannot go on, it does not matter in what it is otherwise.
+    if found or problems:
+        return found
+    return list(_differences({other: saying["statement"] for other, saying in said.items()}))
+
+
+def _meet(store: Any, rank: int, ranks: tuple[int, ...], mine: str) -> dict[int, Any]:
+    """What each rank says in the next meeting of these ranks; None for one that had given up on it before."""
+    keys = {other: f"gptoss_opt/{ranks}/{_MEETINGS[ranks]}/{other}" for other in ranks}
+    _MEETINGS[ranks] += 1
+    store.set(keys[rank], mine)
+    try:
+        store.wait(list(keys.values()), store.timeout)
+    except (RuntimeError, ValueError) as error:
+        store.set(keys[rank], GONE)
+        missing = [str(other) for other, key in keys.items() if not store.check([key])]
+        raise TimeoutError(
+            f"rank {rank} waited {_seconds(store.timeout)} for rank {', '.join(missing)}, which did not wrap its model "
+            "as well. Every rank must apply the same wrappers in the same order; see whether that rank has died."
+        ) from error
+    return {other: json.loads(store.get(key)) for other, key in keys.items()}
 
 
 def _differences(said: Mapping[int, Mapping[str, str]]) -> Iterator[str]:
-    for what in dict.fromkeys(key for statement in said.values() for key in statement):
+    everything = dict.fromkeys(key for statement in said.values() for key in statement)
+    differ = [what for what in everything if len({statement.get(what) for statement in said.values()}) > 1]
+    for what in differ[:MOST]:
         values: dict[str, list[int]] = {}
         for rank, statement in said.items():
             values.setdefault(statement.get(what, "nothing"), []).append(rank)
-        if len(values) > 1:
-            each = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in values.items())
-            yield f"the ranks disagree on {what}: {each}. Give all ranks the same."
+        each = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in values.items())
+        yield f"the ranks disagree on {what}: {each}. Give all ranks the same."
+    if len(differ) > MOST:
+        yield f"and on {len(differ) - MOST} more, such as {differ[MOST]}."
 
 
 def _seconds(time: timedelta) -> str:

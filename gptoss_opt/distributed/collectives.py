@@ -12,17 +12,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 
 class _AllReduceOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        y = x.contiguous().clone()
+        y = x.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(y, group=group)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None
 
@@ -34,8 +36,9 @@ class _AllReduceGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = grads[0].contiguous().clone()
+        gradient = grads[0].clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(gradient, group=ctx.group)
         return gradient, None
 
@@ -50,6 +53,7 @@ class _AllGatherLast(torch.autograd.Function):
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0].split(ctx.sizes, -1)[ctx.rank].contiguous(), None, None
 
@@ -61,8 +65,9 @@ class _MeanGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = grads[0] / ctx.num_ranks
+        gradient = (grads[0] / ctx.num_ranks).contiguous()
         for group in ctx.groups:
             distributed.all_reduce(gradient, group=group)
         return gradient, None, None
@@ -74,6 +79,7 @@ class _AddOnce(torch.autograd.Function):
         return x.view_as(x) if here else torch.zeros_like(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None
 

@@ -44,6 +44,8 @@ def init_distributed(
 
     Under `torchrun --nproc-per-node 4`, `init_distributed((2, 2), ("dp", "tp"))["tp"]` is this rank's pair.
     """
+    if isinstance(axes, str):
+        raise TypeError(f"init_distributed: axes is {axes!r}. Give a name for each axis: axes=({axes!r},).")
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if not distributed.is_initialized():
         if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -101,6 +103,8 @@ def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.devic
     if mesh.ndim != 1:
         first = mesh.mesh_dim_names[-1]
         return f"the mesh has {mesh.ndim} axes, {mesh.mesh_dim_names}. Give one of them, such as mesh[{first!r}]."
+    if mesh.get_coordinate() is None:
+        return f"rank {distributed.get_rank()} is not in the mesh, which has the ranks {mesh.mesh.tolist()}."
     if degree is not None and degree != mesh.size():
         return f"degree={degree}, but axis {axis_name(mesh)!r} of the mesh has {mesh.size()} ranks. Give one of them."
     if mesh.device_type != device.type:
@@ -149,7 +153,7 @@ def join(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
     ordered = tuple(name for name in cast(Any, root).mesh_dim_names if name in names)
     if root != root_of(second) or set(ordered) != set(names):
         raise ValueError(
-            f"{first} and {second} are no axes of one mesh. Make one, and give an axis of it to each: "
+            f"{first} and {second} are no axes of one mesh. Give the same axis to both, or make a mesh of two: "
             'mesh = gptoss_opt.init_distributed((2, 2), ("ep", "tp")); mesh["ep"], mesh["tp"].'
         )
     return root if root.mesh_dim_names == ordered else root[ordered]

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -32,9 +33,17 @@ class ModelMesh:
     own_tokens: frozenset[str] = frozenset()
 
     def joined(self, axis: DeviceMesh, *, own_tokens: bool = False) -> ModelMesh:
-        """These ranks and those along `axis`. Raises `ValueError` if they are no axes of one mesh."""
-        mine = frozenset(self.names_of(axis)) if own_tokens else frozenset[str]()
-        return ModelMesh(join(self.mesh, axis), self.own_tokens | mine)
+        """These ranks and those along `axis`.
+
+        Raises `ValueError` if they are no axes of one mesh, or would both share their tokens and have their own.
+        """
+        mine = frozenset(self.names_of(axis))
+        if mine & frozenset(self.names_of(self.mesh)) and own_tokens != bool(mine & self.own_tokens):
+            raise ValueError(
+                f"the ranks along {', '.join(mine)} have tokens of their own by one wrapper (dispatch='all_to_all'), "
+                "and share them by the other. Use dispatch='all_reduce', or give each wrapper its own axis of a mesh."
+            )
+        return ModelMesh(join(self.mesh, axis), self.own_tokens | (mine if own_tokens else frozenset()))
 
     @staticmethod
     def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -114,7 +123,7 @@ class ModelMesh:
     def describe(self, model: nn.Module) -> str:
         """What this rank holds of a model, as a sentence."""
         parameters = list(model.parameters())
-        mine = sum(self.local(parameter).nbytes for parameter in parameters)
+        mine = sum((self.local(p) if self.holds(p) else p).nbytes for p in parameters)
         whole = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         place = ", ".join(f"{axis}={number}" for axis, number in self.coordinate.items())
         return f"rank {distributed.get_rank()} ({place}) holds {mine / 1e6:,.2f} of {whole / 1e6:,.2f} MB"
@@ -238,6 +247,7 @@ class _Local(torch.autograd.Function):
         return local.view_as(local)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return _of_local(grads[0].contiguous(), *ctx.like)
 

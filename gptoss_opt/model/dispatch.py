@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from ..distributed import Sum, all_to_all
+from .experts import KEY
 
 Placement = tuple[tuple[int, ...], ...]
 """The experts of one layer that each rank holds, ascending."""
@@ -47,6 +49,16 @@ class PartOfExperts:
         return self.ranks.to(indices.device)[indices], self.numbers.to(indices.device)[indices]
 
 
+def check_implementation(module: Any) -> None:
+    """Raise `ValueError` unless the experts are computed here: others do not skip routes to other ranks."""
+    name = module.config._experts_implementation
+    if not str(name).startswith(KEY.format("")):
+        raise ValueError(
+            f"the experts implementation {name!r} knows nothing of experts on other ranks. Leave the one that "
+            "shard_experts has set, or apply it again: shard_experts(model)."
+        )
+
+
 def part_of_experts(
     data: PartOfExperts,
     module: nn.Module,
@@ -57,6 +69,7 @@ def part_of_experts(
 ) -> Tensor:
     """The experts where ranks share their tokens: each adds what its own give, or what its part of all gives."""
     if data.ranks is not None:
+        check_implementation(module)
         ranks, numbers = data.places(router_indices)
         router_indices = torch.where(ranks == data.added.rank, numbers, -1)
     into = data.added.into
@@ -76,6 +89,7 @@ def dispatched(
     A token goes once to each rank that holds any of its experts, with their indices and weights, and what comes back is
     already summed: per token at most K rows each way, and at most one for each rank.
     """
+    check_implementation(module)
     group, top_k = data.added.group, router_indices.shape[-1]
     num_ranks = distributed.get_world_size(group)
     targets, numbers = data.places(router_indices)

@@ -112,16 +112,18 @@ def why_no_expert_parallel(model: nn.Module, degree: int, placement: str | Seque
         return
     if len(placement) != layers:
         yield f"the placement is for {len(placement)} layers, and the model has {layers}. Give one for each."
-    for number, layer in enumerate(placement):
+    for number, layer in enumerate(placement):  # the first that is wrong will do
         held = sorted(expert for experts in layer for expert in experts)
         if len(layer) != degree or not all(layer):
             problem = f"the placement of layer {number} is for {sum(map(bool, layer))} ranks, of {degree}"
             yield f"{problem}. Give each one expert at least."
+            return
         elif held != list(range(num_experts)):
             yield (
                 f"the placement of layer {number} holds the experts {held}. Name each of the {num_experts} once, from "
                 f"0 to {num_experts - 1}: balance_experts(load, degree={degree}) does."
             )
+            return
 
 
 def expert_parallel_layout(model: nn.Module, layout: Layout, axis: str, placements: Sequence[Placement]) -> Layout:
@@ -145,6 +147,9 @@ def attach_tensor_parallel(
     """Let the ranks along an axis meet where the finished layout asks for it; returns the collectives, as sentences."""
     hidden, added = cast(PreTrainedModel, model).config.hidden_size, Sum(mesh, axis)
     attention, experts = _named(model, GptOssAttention), 0
+    decoder = cast(PreTrainedModel, model).base_model
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    journal.add_pre_hook(model, path, refuse_attentions)
     for path, _ in attention:
         journal.around(model, path.removesuffix("."), attention_of_heads, added)
         journal.around(model, f"{path}o_proj", summed, added)
@@ -197,9 +202,19 @@ def attention_of_heads(
     return inner(added.into(hidden_states), *args, **kwargs)
 
 
-def summed(added: Sum, module: nn.Module, inner: Callable[..., Tensor], x: Tensor) -> Tensor:
+def refuse_attentions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of the decoder."""
+    asked = kwargs.get("output_attentions")
+    if module.config.output_attentions if asked is None else asked:
+        raise ValueError(
+            "output_attentions: each rank has the weights of its own heads only. Ask for them of a model that is not "
+            "sharded."
+        )
+
+
+def summed(added: Sum, module: nn.Module, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
     """A product of which each rank has some columns of the input."""
-    return added.out(inner(x))
+    return added.out(inner(input))
 
 
 @dataclass(frozen=True)
@@ -214,18 +229,25 @@ class Vocabulary:
         """Those of this rank."""
         return self.parts[self.added.rank]
 
+    @property
+    def size(self) -> int:
+        """Of the whole vocabulary."""
+        return self.parts[-1].stop
 
-def embedding_of_part(data: Vocabulary, module: Any, inner: Callable[..., Tensor], input_ids: Tensor) -> Tensor:
+
+def embedding_of_part(data: Vocabulary, module: Any, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
     """The embedding of which each rank has some rows."""
     mine, padding = data.mine, module.padding_idx
-    here = (input_ids >= mine.start) & (input_ids < mine.stop)
-    local = torch.where(here, input_ids - mine.start, 0)
+    if input.is_cpu and not torch.compiler.is_compiling() and bool(((input < 0) | (input >= data.size)).any()):
+        raise IndexError(f"a token id is outside the vocabulary of {data.size}.")
+    here = (input >= mine.start) & (input < mine.stop)
+    local = torch.where(here, input - mine.start, 0)
     inside = padding - mine.start if padding is not None and padding in mine else None
     with attributes(module, {"padding_idx": inside}):
         rows = inner(local)
     return data.added.out(rows.masked_fill(~here[..., None], 0))
 
 
-def logits_of_parts(data: Vocabulary, module: nn.Module, inner: Callable[..., Tensor], x: Tensor) -> Tensor:
+def logits_of_parts(data: Vocabulary, module: nn.Module, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
     """The logits of which each rank computes some."""
-    return all_gather_last(inner(data.added.into(x)), [len(part) for part in data.parts], data.added.group)
+    return all_gather_last(inner(data.added.into(input)), [len(part) for part in data.parts], data.added.group)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,11 +39,9 @@ def gather_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
         ValueError: parameters are not held as the wrappers left them, as after FSDP's `fully_shard`.
 
     Example:
-        >>> for name, tensor in gather_state_dict(model):
-        ...     if tensor is not None:
-        ...         print(name, tuple(tensor.shape))
-        ...         break
-        model.embed_tokens.weight (128, 64)
+        >>> shapes = {name: tensor.shape for name, tensor in gather_state_dict(model) if tensor is not None}
+        >>> shapes["model.embed_tokens.weight"]
+        torch.Size([128, 64])
     """
     mesh = layout_of(model).mesh
     splits = splits_of(model)
@@ -95,7 +94,7 @@ def save_pretrained(
 
     Raises:
         ValueError: an option that is not served here.
-        OSError: on every rank, if rank 0 could not write.
+        OSError: on every rank, if rank 0 could not write; on rank 0 itself what went wrong there.
     """
     harmless = {"state_dict": None, "push_to_hub": False, "variant": None, "distributed_checkpoint": False}
     ignored = {"token", "save_peft_format", "save_original_format", "safe_serialization"}
@@ -107,24 +106,28 @@ def save_pretrained(
             )
     mesh = layout_of(model).mesh
     assert isinstance(mesh, ModelMesh)
-    most, problem = _num_bytes(max_shard_size), None
+    most, problem, failed = _num_bytes(max_shard_size), None, None
     tensors = gather_state_dict(model)
     if mesh.is_first:
         try:
             _write(model, Path(save_directory), most, tensors)
-        except OSError as error:
-            problem = f"{type(error).__name__}: {error}"
-    for _ in tensors:  # the others', and what is left after a failure: nobody is to wait
+        except Exception as error:  # whatever it is: the others are not to wait, and it is raised below
+            problem, failed = f"{type(error).__name__}: {error}", error
+    for _ in tensors:  # the others', and what is left after a failure
         pass
-    if problem := mesh.from_first(problem):
+    problem = mesh.from_first(problem)
+    if failed:
+        raise failed
+    if problem:
         raise OSError(f"rank 0 could not write the checkpoint to {os.fspath(save_directory)!r} ({problem}).")
 
 
 def _write(model: Any, folder: Path, most: int, tensors: Iterator[tuple[str, Tensor | None]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)  # that of all ranks stays the same
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     seen, described = set[int](), []
@@ -133,23 +136,36 @@ def _write(model: Any, folder: Path, most: int, tensors: Iterator[tuple[str, Ten
             described.append(Described(name, tuple(tensor.shape), tensor.dtype))
         seen.add(id(tensor))
     files = plan_files(described, most)
-    wanted = {one.key for one in described}
-    with tqdm(total=sum(one.num_bytes for one in described), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
-        for file, group in files.items():
-            with SafetensorsWriter(folder / f"{file}.part", group) as writer:
+    parts = [folder / f"{file}.part" for file in files]
+    try:
+        _write_files(parts, list(files.values()), tensors)
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    for stale in folder.iterdir():
+        if WEIGHTS.fullmatch(stale.name) and stale.name not in files:
+            stale.unlink()
+    for part in parts:
+        part.replace(part.with_suffix(""))
+    if len(files) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index_of(files), indent=2, sort_keys=True))
+
+
+def _write_files(
+    files: Sequence[Path], groups: Sequence[Sequence[Described]], tensors: Iterator[tuple[str, Tensor | None]]
+) -> None:
+    """Write each group of tensors into its file, as they come."""
+    wanted = {one.key: one.num_bytes for group in groups for one in group}
+    with tqdm(total=sum(wanted.values()), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
+        for file, group in zip(files, groups, strict=True):
+            with SafetensorsWriter(file, group) as writer:
                 while writer.expected:
                     name, tensor = next(tensors)
                     assert tensor is not None
                     if name in wanted:
                         writer.write(name, tensor)
-                        bar.update(tensor.nbytes)
-    for stale in folder.iterdir():
-        if WEIGHTS.fullmatch(stale.name) and stale.name not in files:
-            stale.unlink()
-    for file in files:
-        (folder / f"{file}.part").replace(folder / file)
-    if len(files) > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index_of(files), indent=2, sort_keys=True))
+                        bar.update(wanted[name])
 
 
 def _num_bytes(size: int | str) -> int:

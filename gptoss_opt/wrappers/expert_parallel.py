@@ -17,7 +17,7 @@ from ..model.dispatch import Placement
 from ..model.experts import experts_request, set_experts, why_no_experts
 from ..model.host import GPT_OSS
 from ..model.parallel import attach_expert_parallel, expert_parallel_layout, placements_of, why_no_expert_parallel
-from ..model.sharded import confer, device_of, mesh_of, over_axis, set_sharded
+from ..model.sharded import confer, device_of, mesh_of, over_axis, set_sharded, why_held_otherwise
 
 DISPATCHES = ("all_reduce", "all_to_all")
 
@@ -53,12 +53,16 @@ class ExpertParallel(Wrapper):
         if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
             return [problem]
         degree = degree_of(self.mesh, self.degree)
-        return [*why_no_experts(model), *why_no_expert_parallel(model, degree, self.placement)]
+        return [
+            *why_held_otherwise(model),
+            *why_no_experts(model),
+            *why_no_expert_parallel(model, degree, self.placement),
+        ]
 
     def choice(self, model: nn.Module) -> Choice:
         return choose(DENSE_BACKENDS, experts_request(model), "auto", self.name)
 
-    def confer(self, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
+    def confer(self, model: nn.Module | None, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
         return confer(self.mesh, model, stack, problems)
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
@@ -145,6 +149,11 @@ def shard_experts(
         ((0,), (1, 2, 3))
     """
     if not isinstance(placement, str):
-        placement = tuple(tuple(tuple(sorted(experts)) for experts in layer) for layer in placement)
+        try:
+            placement = tuple(tuple(tuple(sorted(map(int, experts))) for experts in layer) for layer in placement)
+        except TypeError as error:
+            raise TypeError(
+                f"shard_experts: placement is {placement!r}. Give 'contiguous', or for each layer and rank its experts."
+            ) from error
     wrapper = ExpertParallel(mesh=mesh, degree=degree, dispatch=dispatch, placement=placement)
     return wrapper if model is None else wrapper(model)

@@ -14,7 +14,7 @@ from ..core.wrapper import Built, Host, Model
 from ..distributed import axis_name, axis_of, check_axis, degree_of, why_no_axis
 from ..model.host import GPT_OSS
 from ..model.parallel import attach_tensor_parallel, tensor_parallel_layout, why_no_tensor_parallel
-from ..model.sharded import confer, device_of, mesh_of, over_axis, set_sharded
+from ..model.sharded import confer, device_of, mesh_of, over_axis, set_sharded, why_held_otherwise
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -39,9 +39,10 @@ class TensorParallel(Wrapper):
         if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
             return [problem]
         degree = degree_of(self.mesh, self.degree)
-        return why_no_tensor_parallel(model, degree, experts=self.experts, vocabulary=self.lm_head)
+        problems = why_no_tensor_parallel(model, degree, experts=self.experts, vocabulary=self.lm_head)
+        return [*why_held_otherwise(model), *problems]
 
-    def confer(self, model: nn.Module, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
+    def confer(self, model: nn.Module | None, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
         return confer(self.mesh, model, stack, problems)
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:

@@ -16,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GptOssForCausalLM
 
 from gptoss_opt import (
+    CheckpointError,
     CompatibilityError,
     IrreversibleError,
     Stack,
@@ -139,6 +141,19 @@ def test_loading_unpacks_what_the_rank_holds(ranks: Ranks, name: str) -> None:
         assert found["read"] <= found["total"]
 
 
+def loaded_where_one_cannot(path: str) -> str:
+    with pytest.raises((CompatibilityError, CheckpointError)) as error:
+        load(path if distributed.get_rank() else "/nowhere", shard_tensor_parallel(degree=2), dtype=torch.float32)
+    return str(error.value)
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_an_error_on_all(ranks: Ranks) -> None:
+    first, *others = ranks(loaded_where_one_cannot, str(GOLDEN))
+    assert "/nowhere" in first
+    for other in others:
+        assert re.fullmatch(r"cannot apply this stack:\n  - on rank 0: CheckpointError: /nowhere.*", other), other
+
+
 def saved(folder: Path, name: str, options: dict[str, Any]) -> None:
     model = WRAPS[name](tiny_model(**UNEVEN))
     model.save_pretrained(folder, **options)
@@ -182,7 +197,7 @@ def test_saves_several_files_over_those_of_before(ranks: Ranks, tmp_path: Path) 
 
 def cannot_be_written(folder: Path) -> list[str]:
     model = shard_tensor_parallel(tiny_model(**UNEVEN))
-    with pytest.raises(OSError, match="rank 0") as disk:
+    with pytest.raises(OSError, match="rank 0|Not a directory") as disk:
         model.save_pretrained(folder / "a file" / "below")
     with pytest.raises(ValueError, match="variant") as option:
         model.save_pretrained(folder, variant="fp8")
@@ -191,9 +206,9 @@ def cannot_be_written(folder: Path) -> list[str]:
 
 def test_what_cannot_be_written_is_said_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
-    for disk, option in ranks(cannot_be_written, tmp_path):
-        assert "rank 0 could not write the checkpoint" in disk
-        assert "NotADirectoryError" in disk
+    for rank, (disk, option) in enumerate(ranks(cannot_be_written, tmp_path)):
+        assert "Not a directory" in disk
+        assert rank == 0 or "rank 0 could not write the checkpoint" in disk
         assert option.startswith("save_pretrained(variant='fp8') is not served on a sharded model")
 
 
@@ -342,6 +357,12 @@ def refused(name: str) -> str:
         "two axes": lambda: shard_tensor_parallel(tiny_model(**UNEVEN), mesh=mesh_2d()),
         "both": lambda: shard_experts(tiny_model(**UNEVEN), mesh=mesh_2d()["tp"], degree=8),
         "other meshes": lambda: compose(shard_experts(degree=1), shard_tensor_parallel())(tiny_model(**UNEVEN)),
+        "shared and own tokens": lambda: compose(shard_tensor_parallel(), shard_experts(dispatch="all_to_all"))(
+            tiny_model(**UNEVEN)
+        ),
+        "what rank trains": lambda: shard_experts(tiny_model(**UNEVEN).requires_grad_(distributed.get_rank() == 0)),
+        "what rank holds": lambda: shard_experts(tiny_model(**UNEVEN, seed=distributed.get_rank())),
+        "after FSDP": lambda: shard_experts(fully_shard(tiny_model(**UNEVEN), mesh=init_distributed(device="cpu"))),
         "placement": lambda: shard_experts(tiny_model(**UNEVEN), placement=[[[0, 1]] * world] * 2),
         "layers": lambda: shard_experts(tiny_model(**UNEVEN), placement=balance_experts(LOAD[:1], world)),
         "a rank": lambda: shard_tensor_parallel(
@@ -369,7 +390,11 @@ REFUSALS = {
     "degree": r"degree=3 does not divide the \d processes there are",
     "two axes": r"the mesh has 2 axes, \('ep', 'tp'\). Give one of them, such as mesh\['tp'\]",
     "both": r"degree=8, but axis 'tp' of the mesh has 2 ranks",
-    "other meshes": r"are no axes of one mesh. Make one, and give an axis of it to each",
+    "other meshes": r"are no axes of one mesh. Give the same axis to both, or make a mesh of two",
+    "shared and own tokens": r"have tokens of their own by one wrapper .*Use dispatch='all_reduce', or give each",
+    "what rank trains": r"disagree on parameter .*trained on rank 0; .*frozen on rank 1.*and on \d+ more",
+    "what rank holds": r"disagree on parameter .*sample .* on rank 0; .*sample .* on rank 1.*and on \d+ more",
+    "after FSDP": r"is a DTensor already, as after FSDP's fully_shard. Shard the model before that",
     "placement": r"the placement of layer 0 holds the experts \[0, 0, .*Name each of the 6 once",
     "layers": r"the placement is for 1 layers, and the model has 2",
     "a rank": r"the ranks disagree on config.num_hidden_layers: 2 on rank 0; 3 on rank 1",
@@ -384,6 +409,114 @@ REFUSALS = {
 def test_refused_on_every_rank_before_anything_is_touched(ranks: Ranks, name: str) -> None:
     for said in ranks(refused, name):
         assert re.search(REFUSALS[name], said, re.DOTALL), said
+
+
+def misused(name: str) -> str:
+    """What is said of a sharded model that is used in a way that it cannot be."""
+    model = tiny_model(**UNEVEN)
+    (shard_experts if name == "implementation" else shard_tensor_parallel)(model)
+    if name == "implementation":
+        model.set_experts_implementation("batched_mm")
+    (gradient,) = torch.autograd.grad(
+        model(ids(), labels=ids()).loss if name == "second derivatives" else model.model.norm.weight.sum(),
+        [model.model.norm.weight],
+        create_graph=True,
+    )
+    uses = {
+        "implementation": lambda: model(ids()),
+        "attentions": lambda: model(ids(), output_attentions=True),
+        "tokens": lambda: model(torch.full((1, 3), 131)),
+        "second derivatives": lambda: gradient.to_local().square().sum().backward(),
+    }
+    with pytest.raises((ValueError, IndexError, RuntimeError)) as error:
+        uses[name]()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "implementation": "'batched_mm' knows nothing of experts on other ranks",
+        "attentions": "output_attentions: each rank has the weights of its own heads only",
+        "tokens": "a token id is outside the vocabulary of 131",
+        "second derivatives": "once_differentiable",
+    }.items(),
+)
+def test_misuse_is_said_on_every_rank(ranks: Ranks, name: str, said: str) -> None:
+    assert all(said in found for found in ranks(misused, name))
+
+
+def used_further(folder: Path) -> None:
+    """Saving, freezing, adding modules, keyword calls: what users do between one wrapper and the next."""
+    model = shard_tensor_parallel(tiny_model(**UNEVEN))
+    logits = model(ids()).logits
+    model.save_pretrained(folder)
+    model.extra = torch.nn.Linear(4, 4)
+    assert "holds" in str(explain(model))
+    model.requires_grad_(False)
+    shard_experts(with_flash_attention(model))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.extra(torch.ones(1, 4))
+    assert relative(model(ids()).logits, logits) < 1e-5
+    hidden = model.model.embed_tokens(input=ids())
+    assert model.lm_head(input=hidden).shape[-1] == 131
+
+
+def test_a_sharded_model_goes_on_as_a_model(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(used_further, tmp_path)
+
+
+def failing_save(folder: Path) -> str:
+    model = shard_tensor_parallel(tiny_model(**UNEVEN))
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, False
+    with pytest.raises((ValueError, OSError)) as error:
+        model.save_pretrained(folder)
+    return str(error.value)
+
+
+def test_any_failure_to_save_is_said_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    first, *others = ranks(failing_save, tmp_path)
+    assert "GenerationConfig" in first
+    assert all("rank 0 could not write the checkpoint" in other for other in others)
+
+
+def comes_late() -> str:
+    """Rank 0 gives up on the others, which then come; when it tries again, all meet."""
+    from datetime import timedelta
+
+    store = distributed.distributed_c10d._get_default_store()
+    before, rank = store.timeout, distributed.get_rank()
+    if rank == 0:
+        store.set_timeout(timedelta(seconds=1))
+        with pytest.raises(TimeoutError, match=r"rank 0 waited 1 s for rank 1, .*which did not wrap its model"):
+            shard_tensor_parallel(tiny_model(**UNEVEN), lm_head=False)
+        store.set_timeout(before)
+        store.set(f"gave up {distributed.get_world_size()}", "")
+    store.wait([f"gave up {distributed.get_world_size()}"])
+    with pytest.raises(CompatibilityError) as error:
+        shard_tensor_parallel(tiny_model(**UNEVEN), lm_head=rank == 0)
+    return str(error.value)
+
+
+def test_a_rank_that_gave_up_is_met_again_and_not_taken_at_its_word_of_before(ranks: Ranks) -> None:
+    for said in ranks(comes_late):
+        assert "the ranks disagree on lm_head of shard_tensor_parallel: True on rank 0; False on rank 1" in said
+
+
+def after_a_failure() -> None:
+    model = tiny_model(**UNEVEN)
+    before = {path: set(module.__dict__) for path, module in model.named_modules()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptoss_opt.wrappers.tensor_parallel.set_sharded", None)
+        with pytest.raises(TypeError):
+            shard_tensor_parallel(model)
+    assert {path: set(module.__dict__) for path, module in model.named_modules()} == before
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert model(ids()).logits.shape[-1] == 131
+
+
+def test_a_failure_half_way_leaves_no_trace(ranks: Ranks) -> None:
+    ranks(after_a_failure)
 
 
 def test_without_a_process_group() -> None:
@@ -403,6 +536,8 @@ def test_bad_options(wrap: Any) -> None:
         wrap(mesh="tp")
     with pytest.raises(ValueError, match="dispatch is 'magic'. Use one of 'all_reduce', 'all_to_all'"):
         shard_experts(dispatch="magic")
+    with pytest.raises(TypeError, match="placement is 5. Give 'contiguous', or for each layer and rank"):
+        shard_experts(placement=5)
     with pytest.raises(ValueError, match="placement is 'random'. Use 'contiguous'"):
         shard_experts(placement="random")
 
@@ -431,25 +566,3 @@ def dies_in_a_forward() -> None:
 def test_a_rank_that_dies_ends_the_others(ranks: Ranks) -> None:
     with pytest.raises(RankError, match=r"Connection (closed|reset) by peer|died"):
         ranks(dies_in_a_forward)
-
-
-def never_comes() -> str:
-    store = distributed.distributed_c10d._get_default_store()
-    if distributed.get_rank() == 1:
-        return ""
-    from datetime import timedelta
-
-    before = store.timeout
-    store.set_timeout(timedelta(seconds=1))
-    try:
-        with pytest.raises(TimeoutError) as error:
-            shard_tensor_parallel(tiny_model(**UNEVEN))
-    finally:
-        store.set_timeout(before)
-    return str(error.value)
-
-
-def test_a_rank_that_never_comes_is_named(ranks: Ranks) -> None:
-    for rank, said in enumerate(ranks(never_comes)):
-        assert rank == 1 or f"rank {rank} waited 1 s for rank 1, which did not wrap its model" in said
-    ranks.stop()  # they have met unequally often

@@ -22,6 +22,7 @@ from gptoss_opt import (
     shard_experts,
     shard_tensor_parallel,
     stack_of,
+    undo,
     with_fast_experts,
     with_flash_attention,
     with_mxfp4_experts,
@@ -305,6 +306,44 @@ def test_composes_with_fsdp2_over_the_data_axis(ranks: Ranks, axes: tuple[str, s
     for found in ranks(under_fsdp, axes):
         torch.testing.assert_close(found["losses"], losses, rtol=1e-4, atol=0)
         torch.testing.assert_close(found["norms"], norms, rtol=1e-4, atol=0)
+
+
+def unpacked_replicas(name: str) -> dict[str, Any]:
+    """Packed first, then sharded among replicas, then unpacked: gradients of half a batch each, gathered."""
+    model = with_mxfp4_experts(tiny_model(**UNEVEN))
+    if name == "all to all":
+        shard_experts(model, dispatch="all_to_all")
+        mine, parts = distributed.get_rank(), distributed.get_world_size()
+    else:
+        shard_tensor_parallel(model, degree=2)
+        mine, parts = distributed.get_rank() // 2, distributed.get_world_size() // 2
+    undo(model, with_mxfp4_experts)
+    batch = ids(batch=4)[mine * (4 // parts) :][: 4 // parts]
+    model(batch, labels=batch).loss.backward()
+    return whole({key: p.grad for key, p in model.named_parameters()}, model)
+
+
+@pytest.mark.parametrize("name", ["all to all", "degree"])
+def test_gradients_of_what_was_unpacked_are_averaged(ranks: Ranks, name: str) -> None:
+    model, batch = tiny_model(**UNEVEN), ids(batch=4)
+    model(batch, labels=batch).loss.backward()
+    found = ranks(unpacked_replicas, name)[0]
+    for key, parameter in model.named_parameters():
+        assert relative(found[key], parameter.grad) < 1e-4, key
+
+
+def of_different_lengths() -> list[Tensor]:
+    rank = distributed.get_rank()
+    model = shard_experts(tiny_model(**UNEVEN), dispatch="all_to_all")
+    # Different numbers of tokens, and of steps.
+    return [model.generate(ids(1, 4 + rank, seed=rank), max_new_tokens=3 + 2 * rank, do_sample=False)]
+
+
+def test_generating_different_lengths_from_tokens_of_their_own(ranks: Ranks) -> None:
+    model = tiny_model(**UNEVEN)
+    for rank, (tokens,) in enumerate(ranks(of_different_lengths)):
+        alone = model.generate(ids(1, 4 + rank, seed=rank), max_new_tokens=3 + 2 * rank, do_sample=False)
+        assert torch.equal(tokens, alone)
 
 
 def replicas(name: str) -> dict[str, Any]:
