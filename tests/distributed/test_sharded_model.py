@@ -392,7 +392,7 @@ REFUSALS = {
     "both": r"degree=8, but axis 'tp' of the mesh has 2 ranks",
     "other meshes": r"are no axes of one mesh. Give the same axis to both, or make a mesh of two",
     "shared and own tokens": r"have tokens of their own by one wrapper .*Use dispatch='all_reduce', or give each",
-    "what rank trains": r"disagree on parameter .*trained on rank 0; .*frozen on rank 1.*and on \d+ more",
+    "what rank trains": r"disagree on parameter .*trained, sample .* on rank 0; .*frozen, sample .*and on \d+ more",
     "what rank holds": r"disagree on parameter .*sample .* on rank 0; .*sample .* on rank 1.*and on \d+ more",
     "after FSDP": r"is a DTensor already, as after FSDP's fully_shard. Shard the model before that",
     "placement": r"the placement of layer 0 holds the experts \[0, 0, .*Name each of the 6 once",

@@ -366,9 +366,10 @@ def replicas(name: str) -> dict[str, Any]:
         mine, parts = mesh.get_local_rank("dp"), world // 2
     batch = ids(batch=4)[mine * (4 // parts) :][: 4 // parts]
     out = model(batch, labels=batch)
-    # In two halves: accumulated gradients are averaged too.
     out.loss.backward()
-    gradients = {key: p.grad for key, p in model.named_parameters()}
+    # Twice, and the mean of that: what is accumulated is averaged once.
+    model(batch, labels=batch).loss.backward()
+    gradients = {key: p.grad / 2 for key, p in model.named_parameters()}
     return {"logits": out.logits.detach(), "gradients": whole(gradients, model)}
 
 

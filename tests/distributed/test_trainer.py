@@ -22,55 +22,57 @@ KNOWS_SHARDS = Version(version("accelerate")) >= Version("1.12")
 History = dict[str, list[float]]
 
 
-def run(how: str, num_ranks: int, batch_size: int, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(num_ranks: int, folder: Path, batch_size: int, *hows: str) -> subprocess.CompletedProcess[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    script = ["-m", "tests.distributed.train", how, str(batch_size), str(folder)]
+    script = ["-m", "tests.distributed.train", str(folder), str(batch_size), *hows]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, *(torchrun if num_ranks > 1 else []), *script]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-def history(how: str, num_ranks: int, batch_size: int, folder: Path) -> History:
-    done = run(how, num_ranks, batch_size, folder)
+def curves(num_ranks: int, folder: Path, batch_size: int, *hows: str) -> dict[str, tuple[History, Path]]:
+    """The history of each training, and where its model is."""
+    done = run(num_ranks, folder, batch_size, *hows)
     assert done.returncode == 0, done.stderr[-4000:]
-    found: History = json.loads((folder / "history.json").read_text())
-    return found
+    return {how: (json.loads((folder / how / "history.json").read_text()), folder / how) for how in hows}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[History, Path]:
-    folder = tmp_path_factory.mktemp("alone")
-    return history("one", 1, 4, folder), folder
+    return curves(1, tmp_path_factory.mktemp("alone"), 4, "one")["one"]
 
 
-@pytest.mark.skipif(not KNOWS_SHARDS, reason="the Trainer needs accelerate 1.12 for models that are sharded")
-@pytest.mark.parametrize(
-    ("how", "num_ranks", "batch_size"),
-    [("tp", 2, 4), ("ep", 2, 4), ("tp + ep", 2, 4), ("tp x dp", 4, 2), ("all to all", 2, 2)],
-)
-def test_the_same_curve(alone: tuple[History, Path], tmp_path: Path, how: str, num_ranks: int, batch_size: int) -> None:
-    expected, folder = alone
-    found = history(how, num_ranks, batch_size, tmp_path)
-    assert len(found["loss"]) == 20
+def same(found: tuple[History, Path], expected: tuple[History, Path]) -> None:
+    assert len(found[0]["loss"]) == 20
     for key in ("loss", "norm"):
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=0)
+        torch.testing.assert_close(found[0][key], expected[0][key], rtol=1e-4, atol=0)
     # And save_model writes what one process writes.
-    one, other = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    one, other = (load_file(folder / "model.safetensors") for _, folder in (found, expected))
     assert one.keys() == other.keys()
     assert max(relative(one[key], other[key]) for key in other) < 1e-6
 
 
 @pytest.mark.skipif(not KNOWS_SHARDS, reason="the Trainer needs accelerate 1.12 for models that are sharded")
-def test_replicas_that_do_not_average_gradients_are_noticed(alone: tuple[History, Path], tmp_path: Path) -> None:
-    found = history("tp x dp without the mean", 4, 2, tmp_path)
-    differences = [abs(a / b - 1) for a, b in zip(found["loss"], alone[0]["loss"], strict=True)]
+def test_two_ranks_learn_as_one_process(alone: tuple[History, Path], tmp_path: Path) -> None:
+    for found in curves(2, tmp_path / "shared", 4, "tp", "ep", "tp + ep").values():
+        same(found, alone)
+    same(curves(2, tmp_path / "own", 2, "all to all")["all to all"], alone)
+
+
+@pytest.mark.skipif(not KNOWS_SHARDS, reason="the Trainer needs accelerate 1.12 for models that are sharded")
+def test_two_replicas_of_two_ranks_learn_as_one_process(alone: tuple[History, Path], tmp_path: Path) -> None:
+    found = curves(4, tmp_path, 2, "tp x dp", "tp x dp without the mean")
+    same(found["tp x dp"], alone)
+    # Negative control: replicas that do not average their gradients part from it after the first step.
+    losses = found["tp x dp without the mean"][0]["loss"]
+    differences = [abs(a / b - 1) for a, b in zip(losses, alone[0]["loss"], strict=True)]
     assert differences[0] < 1e-6
     assert max(differences) > 1e-2
 
 
 @pytest.mark.skipif(KNOWS_SHARDS, reason="accelerate knows of models that are sharded")
 def test_an_older_accelerate_is_refused_by_the_trainer(tmp_path: Path) -> None:
-    done = run("tp", 2, 4, tmp_path)
+    done = run(2, tmp_path, 4, "tp")
     assert done.returncode
     assert "accelerate" in done.stderr
     assert "Tensor Parallelism" in done.stderr

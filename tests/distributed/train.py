@@ -15,6 +15,8 @@ from gptoss_opt.distributed import model_mesh
 from tests.distributed.models import UNEVEN
 from tests.helpers import ids, tiny_model
 
+WITHOUT = " without the mean"
+
 
 def wrap(model: Any, how: str) -> Any:
     if how == "one":
@@ -30,18 +32,24 @@ def wrap(model: Any, how: str) -> Any:
     return shard_experts(model, dispatch="all_to_all" if how == "all to all" else "all_reduce")
 
 
-def main(how: str, batch_size: int, out: str) -> None:
-    torch.set_num_threads(1)
-    if how.endswith(" without the mean"):
-        how = how.removesuffix(" without the mean")
+def main(how: str, batch_size: int, out: Path) -> None:
+    real = model_mesh.mean_gradient
+    if how.endswith(WITHOUT):
         model_mesh.mean_gradient = lambda x, *_: x
+    try:
+        train(how.removesuffix(WITHOUT), batch_size, out)
+    finally:
+        model_mesh.mean_gradient = real
+
+
+def train(how: str, batch_size: int, out: Path) -> None:
     # In float64, so that rounding cannot make a token change its expert, after which curves part for no fault.
     model = tiny_model(torch.float64, **UNEVEN)
     model.set_experts_implementation("eager")
     model = wrap(model, how)
     tokens = ids(batch=80, length=12)
     settings = TrainingArguments(
-        output_dir=out,
+        output_dir=str(out),
         max_steps=20,
         per_device_train_batch_size=batch_size,
         learning_rate=3e-3,
@@ -56,12 +64,15 @@ def main(how: str, batch_size: int, out: str) -> None:
     data = [{"input_ids": row, "labels": row} for row in tokens]
     trainer = Trainer(model=model, args=settings, train_dataset=data)
     trainer.train()
-    trainer.save_model(out)
+    trainer.save_model(str(out))
     history = [row for row in trainer.state.log_history if "loss" in row]
     if trainer.args.process_index == 0:
         text = json.dumps({"loss": [row["loss"] for row in history], "norm": [row["grad_norm"] for row in history]})
-        (Path(out) / "history.json").write_text(text)
+        (out / "history.json").write_text(text)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    torch.set_num_threads(1)
+    folder, size, *hows = sys.argv[1:]
+    for one in hows:
+        main(one, int(size), Path(folder, one))
