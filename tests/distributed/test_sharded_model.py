@@ -35,6 +35,7 @@ from gptoss_opt import (
     shard_tensor_parallel,
     stack_of,
     undo,
+    with_fast_experts,
     with_flash_attention,
     with_mxfp4_experts,
 )
@@ -317,7 +318,7 @@ def test_gradient_checkpointing(ranks: Ranks) -> None:
 def compiled() -> float:
     import warnings
 
-    model = shard_tensor_parallel(with_flash_attention(tiny_model(**UNEVEN)))
+    model = compose(shard_tensor_parallel(), with_flash_attention(), with_fast_experts())(tiny_model(**UNEVEN))
     model(ids(), labels=ids()).loss.backward()
     exact = gradients(model)
     with warnings.catch_warnings():
