@@ -428,6 +428,8 @@ def main() -> None:
         )
     )
     print()
+    print(table(("parameters", "1", "2", "4", "8 ranks, GB on the fullest"), memory_rows(more)))
+    print()
     print(
         table(("decoding", "GPU", "batch", "1", "2", "4", "8 GPUs, ms (weights + communication)"), modelled_rows(more))
     )

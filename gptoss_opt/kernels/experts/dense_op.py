@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import memory
 from . import native, torch_grouped
 from .routes import needs_operator, of_expert, sum_by_expert
 from .weights import Dense
@@ -40,9 +41,14 @@ def _(d_y: Tensor, ends: Tensor, weight: Tensor, backend: str) -> Tensor:
 @torch.library.custom_op("gptoss_opt::dense_linear_weight_gradient", mutates_args=())
 def dense_linear_weight_gradient(d_y: Tensor, ends: Tensor, x: Tensor, num_experts: int) -> Tensor:
     """The gradient [E, in, out] for the weights of `d_y` [N, out], by torch's products, one expert after the other."""
-    gradient = x.new_zeros(num_experts, x.shape[1], d_y.shape[1])
-    for e, begin, end in of_expert(ends):
-        torch.mm(x[begin:end].T, d_y[begin:end], out=gradient[e])
+    # As large as the weights and new in every step: written once, on huge pages.
+    gradient = memory.empty((num_experts, x.shape[1], d_y.shape[1]), x.dtype, x.device)
+    rows = {e: (begin, end) for e, begin, end in of_expert(ends)}
+    for e in range(num_experts):
+        if e in rows:
+            torch.mm(x[slice(*rows[e])].T, d_y[slice(*rows[e])], out=gradient[e])
+        else:
+            gradient[e].zero_()
     return gradient
 
 
