@@ -8,7 +8,9 @@ import math
 import os
 import pickle
 import re
+import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -481,10 +483,33 @@ def test_any_failure_to_save_is_said_on_every_rank(ranks: Ranks, tmp_path: Path)
     assert all("rank 0 could not write the checkpoint" in other for other in others)
 
 
+def hangs_in_a_forward(port: int) -> float:
+    """A rank stops in the middle; how long the other, which waits two seconds at most, took to say so."""
+    rank = distributed.get_rank()
+    distributed.destroy_process_group()
+    store = distributed.TCPStore("127.0.0.1", port, None, False)
+    timeout = timedelta(seconds=2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    model = shard_tensor_parallel(tiny_model(**UNEVEN))
+    if rank == 1:
+        time.sleep(8)
+        return 0.0
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"[Tt]imed? ?out"):
+        model(ids())
+    return time.monotonic() - begin
+
+
+def test_a_rank_that_hangs_ends_the_others_in_time() -> None:
+    ranks = Ranks(2)
+    store = distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    taken, _ = ranks(hangs_in_a_forward, store.port)
+    ranks.stop()
+    assert 1 < taken < 6
+
+
 def comes_late() -> str:
     """Rank 0 gives up on the others, which then come; when it tries again, all meet."""
-    from datetime import timedelta
-
     store = distributed.distributed_c10d._get_default_store()
     before, rank = store.timeout, distributed.get_rank()
     if rank == 0:
