@@ -15,6 +15,7 @@ from .distributed import balance_experts, init_distributed
 from .load import load
 from .model.checkpoint import CheckpointError
 from .model.save import gather_state_dict
+from .serve import ContinuousBatcher, GenerationError
 from .version import __version__
 from .wrappers.expert_parallel import shard_experts
 from .wrappers.fast_experts import with_fast_experts
@@ -26,6 +27,8 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "CompatibilityError",
+    "ContinuousBatcher",
+    "GenerationError",
     "IrreversibleError",
     "Stack",
     "Wrapper",

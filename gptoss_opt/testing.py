@@ -49,6 +49,7 @@ SIZES: dict[str, Size] = {
     # layers, hidden, intermediate, experts, per token, heads, kv heads, head dim, vocab, window, bos, pad, eos
     "tiny": Size(2, 64, 96, 4, 2, 4, 2, 16, 256, 8, 253, 254, 255),
     "small": Size(4, 512, 256, 8, 2, 16, 4, 64, 4096, 128, 4093, 4094, 4095),
+    "medium": Size(8, 1024, 1024, 16, 4, 16, 4, 64, 32768, 128, 32765, 32766, 32767),
     "20b": Size(24, 2880, 2880, 32, 4, 64, 8, 64, 201088, 128, 199998, 199999, 200002),
     "120b": Size(36, 2880, 2880, 128, 4, 64, 8, 64, 201088, 128, 199998, 199999, 200002),
 }
@@ -218,6 +219,7 @@ def random_checkpoint(
         size: the shape.
             "tiny": 2 layers, 0.2 MB, for unit tests.
             "small": 4 layers, 26 MB, with attention as a visible share of the work.
+            "medium": 8 layers, 0.3 GB, large enough for memory and arithmetic to be what takes the time.
             "20b", "120b": the shapes of the released checkpoints, 24 and 36 layers, 13.8 and 65.2 GB.
         layers: how many layers to write instead; the first ones stay the same.
         seed: every tensor depends on this and on its own name only.

@@ -21,8 +21,10 @@ from ..core import Journal
 from ..kernels.attention import (
     BACKENDS,
     AttentionRequest,
+    Paged,
     Visible,
     attention,
+    paged_attention,
     starts_from_cu_seq_lens,
     starts_from_positions,
 )
@@ -170,7 +172,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Visible | Tensor | None,
+    attention_mask: Visible | Paged | Tensor | None,
     *,
     backend: str,
     scaling: float,
@@ -188,12 +190,25 @@ def attention_forward(
             "generate_batch hands attention a paged cache, which with_flash_attention does not read. "
             "Use generate, or take the wrapper off first: undo(model, with_flash_attention)."
         )
+    sinks = cast(Tensor, module.sinks)
+    if isinstance(attention_mask, Paged):
+        out = paged_attention(
+            query,
+            key,
+            value,
+            sinks,
+            paged=attention_mask,
+            layer=cast(int, module.layer_idx),
+            scale=scaling,
+            window=sliding_window,
+            backend=backend,
+        )
+        return out, None
     visible = attention_mask if isinstance(attention_mask, Visible) else Visible(mask=attention_mask)
     if visible.keys is not None and visible.keys.shape[1] != key.shape[2]:
         raise ValueError(f"attention_mask tells of {visible.keys.shape[1]} tokens, but there are {key.shape[2]} keys.")
     if visible.mask is None and query.shape[2] > 1:
         visible = visible._replace(starts=_starts(visible, query, position_ids, cu_seq_lens_q))
-    sinks = cast(Tensor, module.sinks)
     out = attention(query, key, value, sinks, scale=scaling, window=sliding_window, visible=visible, backend=backend)
     return out.transpose(1, 2).contiguous(), None
 

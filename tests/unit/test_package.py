@@ -16,6 +16,8 @@ PUBLIC = {
     "BackendError",
     "CheckpointError",
     "CompatibilityError",
+    "ContinuousBatcher",
+    "GenerationError",
     "IrreversibleError",
     "Stack",
     "Wrapper",
@@ -42,13 +44,14 @@ LAYERS: dict[str, set[str]] = {
     "distributed": {"core"},
     "model": {"core", "distributed", "kernels"},
     "wrappers": {"core", "distributed", "kernels", "model"},
+    "serve": {"core", "distributed", "kernels", "model", "wrappers"},
     "load": {"core", "model"},
     "version": set(),
     "testing": set(),
     "demo": {"testing", "core", "load", "model", "wrappers", ""},
     "cli": {"demo", ""},
     "__main__": {"cli"},
-    "__init__": {"core", "distributed", "load", "model", "wrappers", "version"},
+    "__init__": {"core", "distributed", "load", "model", "serve", "wrappers", "version"},
 }
 # Third parties a layer may know; every layer may know torch and the standard library.
 KNOWN = {
@@ -56,6 +59,7 @@ KNOWN = {
     "kernels": {"packaging", "flash_attn", "flash_attn_interface", "triton"},
     "model": {"accelerate", "huggingface_hub", "tqdm", "transformers"},
     "load": {"tqdm", "transformers"},
+    "serve": {"psutil", "tqdm", "transformers"},
 }
 KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"safetensors", "transformers", "tqdm"}}
 

@@ -136,7 +136,7 @@ def test_an_empty_folder_and_new_parents_will_do(tmp_path: Path) -> None:
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no size '7b'. Use one of 'tiny', 'small', '20b', '120b'."):
+    with pytest.raises(ValueError, match="there is no size '7b'. Use one of 'tiny', 'small', 'medium', '20b', '120b'."):
         random_checkpoint(tmp_path / "new", "7b")
     with pytest.raises(ValueError, match="layers is 0, but a checkpoint has at least one. Leave it out for 24."):
         random_checkpoint(tmp_path / "new", "20b", layers=0)

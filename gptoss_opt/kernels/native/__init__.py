@@ -32,6 +32,17 @@ class Matrices(ctypes.Structure):
     _fields_ = (("weights", _P), ("scales", _P), ("bias", _P), ("rows", _LONG), ("length", _LONG))
 
 
+class Paged(ctypes.Structure):
+    """Attention on pages as the library takes it, by addresses: see paged.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("q", "keys", "values", "sinks", "tables", "firsts", "lengths", "out")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "head_dim", "width", "page_size", "window")),
+        ("scale", ctypes.c_float),
+        ("half", _INT),
+    )
+
+
 class Library(NamedTuple):
     """The loaded library, the best of `INSTRUCTION_SETS` that this CPU has, and the fork-join of torch's threads."""
 
@@ -93,6 +104,7 @@ def _load(path: str) -> Library:
     ]
     functions.gptoss_swiglu.argtypes = [_INT, _INT, _P, _P, _P, _LONG, _DOUBLE, _DOUBLE, _P, _INT]
     functions.gptoss_unpack.argtypes = [_INT, _P, _P, _P, _LONG, _P, _INT]
+    functions.gptoss_paged_attention.argtypes = [_INT, ctypes.POINTER(Paged), _LONG, _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
     return Library(functions, functions.gptoss_init(), _fork_join())
 

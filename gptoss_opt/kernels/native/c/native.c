@@ -7,6 +7,7 @@
 #include "common.h"
 #include "float32.h"
 #include "format.h"
+#include "paged.h"
 #include "routes.h"
 #include "threads.h"
 #if defined(__linux__)
@@ -49,7 +50,8 @@ int gptoss_init(void) {
     target static void combine_##name(const void *c, long index, void *scratch) {                            \
         (void)scratch;                                                                                       \
         combine_unit(c, index);                                                                              \
-    }
+    }                                                                                                        \
+    target static void paged_##name(const void *p, long index, void *scratch) { paged_unit(p, index, scratch); }
 
 FOR_TARGET(plain, )
 #if X86
@@ -62,18 +64,22 @@ enum { HUGE = 1 << 21 }; /* bytes of a huge page */
 typedef void (*unit_fn)(const void *, long, void *);
 
 typedef struct {
-    unit_fn dot, columns, activation, pack, combine;
+    unit_fn dot, columns, activation, pack, combine, paged;
 } Implementation;
 
 static Implementation implementation(int which) {
     switch (which) {
 #if X86
     case AVX512_BF16:
-        return (Implementation){dot_bf16, columns_bf16, activation_avx512, pack_avx512, combine_avx512};
-    case AVX512: return (Implementation){dot_avx512, columns_avx512, activation_avx512, pack_avx512, combine_avx512};
-    case AVX2: return (Implementation){dot_avx2, columns_avx2, activation_avx2, pack_avx2, combine_avx2};
+        return (Implementation){dot_bf16, columns_bf16, activation_avx512, pack_avx512, combine_avx512,
+                                paged_avx512};
+    case AVX512:
+        return (Implementation){dot_avx512,  columns_avx512, activation_avx512,
+                                pack_avx512, combine_avx512, paged_avx512};
+    case AVX2: return (Implementation){dot_avx2, columns_avx2, activation_avx2, pack_avx2, combine_avx2, paged_avx2};
 #endif
-    default: return (Implementation){dot_plain, columns_plain, activation_plain, pack_plain, combine_plain};
+    default:
+        return (Implementation){dot_plain, columns_plain, activation_plain, pack_plain, combine_plain, paged_plain};
     }
 }
 
@@ -228,4 +234,15 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
     if (!status) status = run_units(&team, implementation(which).combine, &c, num_tokens);
     free(rows);
     return status;
+}
+
+/* Attention of `num_rows` queries on keys and values in pages: see Paged, whose fields these are. head_dim is a multiple
+ * of 16. Returns 0, or -1 if there is no memory. */
+int gptoss_paged_attention(int which, const Paged *paged, long num_rows, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    Job job = {.unit = implementation(which).paged,
+               .arguments = paged,
+               .num_units = num_rows * paged->kv_heads,
+               .scratch_bytes = paged_scratch(paged->heads / paged->kv_heads, paged->head_dim)};
+    return run(&team, &job);
 }

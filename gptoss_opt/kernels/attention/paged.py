@@ -1,0 +1,104 @@
+"""Attention of packed queries whose keys and values lie in pages: decoding sequences, then chunks of prompts.
+
+The keys and values of a layer are two tensors of pages, [num_pages, N, page_size, D]. A sequence has a table of pages:
+its token number p lies in page `table[p // page_size]`, at place `p % page_size`. Page 0 belongs to nobody: what is to
+be kept nowhere goes there.
+
+Shapes: T packed tokens, R of them decoding (one per sequence, first), H query heads, N key/value heads, D head dim,
+S keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import paged_native
+
+
+class Chunk(NamedTuple):
+    """Several tokens of one sequence: queries `begin..end` of the packed ones.
+
+    Attributes:
+        pages: int64, those of the keys that they see; None: they see only their own.
+        skipped: of the first page, so many keys are not seen.
+        num_keys: how many are seen then, the last `end - begin` their own.
+    """
+
+    begin: int
+    end: int
+    pages: Tensor | None
+    skipped: int
+    num_keys: int
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Of the keys or values of a layer, those that are seen, [N, S, D]."""
+        pages = x.transpose(0, 1)[:, self.pages].flatten(1, 2)
+        return pages[:, self.skipped : self.skipped + self.num_keys]
+
+
+class Paged(NamedTuple):
+    """Which keys each of the packed queries sees, for all layers of one kind. Stands where a mask would.
+
+    Attributes:
+        keys, values: by layer, [num_pages, N, page_size, D].
+        pages, places: int64 [T], where the keys and values of the packed tokens go.
+        tables: int32 [R, width], the pages of the decoding sequences.
+        firsts: int32 [R], the first of their tokens whose key there is.
+        lengths: int32 [R], how many tokens they have, the new one included.
+        chunks: what comes after the decoding ones.
+        backend: "native" (one call of the native library, on CPUs) or "torch".
+    """
+
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+    pages: Tensor
+    places: Tensor
+    tables: Tensor
+    firsts: Tensor
+    lengths: Tensor
+    chunks: tuple[Chunk, ...]
+    backend: str
+
+
+def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The best backend for the queries of decoding sequences."""
+    return "torch" if paged_native.why_not(device_type, dtype, head_dim) else "native"
+
+
+def store(paged: Paged, layer: int, k: Tensor, v: Tensor) -> None:
+    """Put the keys and values [T, N, D] of the packed tokens where they go."""
+    where = paged.pages, paged.places
+    paged.keys[layer].transpose(1, 2).index_put_(where, k)
+    paged.values[layer].transpose(1, 2).index_put_(where, v)
+
+
+def decode(q: Tensor, sinks: Tensor, paged: Paged, layer: int, scale: float, window: int | None) -> Tensor:
+    """The queries [R, H, D] of the decoding sequences, whose keys are stored already: [R, H, D]."""
+    function = paged_native.decode if paged.backend == "native" else torch_decode
+    return function(q, paged.keys[layer], paged.values[layer], sinks, paged, scale, window)
+
+
+def torch_decode(
+    q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, paged: Paged, scale: float, window: int | None
+) -> Tensor:
+    """`decode` in plain operations, on any device: every sequence is given as many keys as the table is wide."""
+    num_rows, num_heads, dim = q.shape
+    num_kv_heads = keys.shape[1]
+    place = torch.arange(paged.tables.shape[1] * keys.shape[2], device=q.device)
+    oldest = paged.firsts if window is None else torch.maximum(paged.firsts, paged.lengths - window)
+    seen = (place >= oldest[:, None]) & (place < paged.lengths[:, None])
+    k, v = (x[paged.tables.long()].transpose(1, 2).flatten(2, 3) for x in (keys, values))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.view(num_rows, num_kv_heads, -1, dim) @ k.mT).to(wide).mul_(scale)
+    logits.masked_fill_(~seen[:, None, None], -torch.inf)
+    sink = sinks.to(wide).view(1, num_kv_heads, -1, 1)
+    largest = torch.maximum(logits.amax(-1, keepdim=True), sink)
+    weights = logits.sub_(largest).exp_()
+    weights.div_(weights.sum(-1, keepdim=True) + (sink - largest).exp())
+    # A slot that is not seen may hold anything, and zero times that need not be zero.
+    v = v.masked_fill(~seen[:, None, :, None], 0)
+    return (weights.to(v.dtype) @ v).reshape(num_rows, num_heads, dim)

@@ -1,0 +1,119 @@
+"""How a GPT-OSS model is run for serving: its layers by kind, the shape of its keys, and a packed forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..core import layout_of
+from ..distributed import ModelMesh
+from ..kernels.attention import Paged
+from .attention import KEY
+from .host import GPT_OSS
+
+
+@dataclass(frozen=True)
+class KeyShape:
+    """The keys of one token in one layer, as this rank holds them; values are alike."""
+
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values together."""
+        return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
+
+
+def why_not_served(model: nn.Module) -> Iterator[str]:
+    """What stands in the way of serving this model."""
+    if reason := GPT_OSS.why_not(model):
+        yield reason
+        return
+    hf = cast(PreTrainedModel, model)
+    if not hf.can_generate():
+        yield f"{type(model).__name__} generates no text: give a GptOssForCausalLM."
+        return
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if devices != [str(next(model.parameters()).device)]:
+        yield f"its parameters are on {' and '.join(devices)}: move the model to one device, or shard it."
+    elif devices == ["meta"]:
+        yield "its parameters are on the meta device and hold nothing: load the weights first."
+
+
+def reads_pages(model: nn.Module) -> bool:
+    """Whether attention reads pages: whether with_flash_attention is on."""
+    return str(cast(Any, model).config._attn_implementation).startswith(KEY.format(""))
+
+
+def kinds_of_layers(model: nn.Module) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """By kind of layer: their numbers, and their window."""
+    found: dict[str, list[Any]] = {}
+    for layer in cast(Any, model).base_model.layers:
+        found.setdefault(layer.self_attn.layer_type, []).append(layer.self_attn)
+    return {kind: (tuple(one.layer_idx for one in some), some[0].sliding_window) for kind, some in found.items()}
+
+
+def key_shape(model: nn.Module) -> KeyShape:
+    """The shape of this model's keys."""
+    attention = cast(Any, model).base_model.layers[0].self_attn
+    weight = attention.k_proj.weight
+    mesh = layout_of(model).mesh
+    if mesh is not None and mesh.holds(weight):
+        weight = mesh.local(weight)
+    return KeyShape(weight.shape[0] // attention.head_dim, attention.head_dim, weight.dtype, weight.device)
+
+
+def most_tokens(model: nn.Module) -> int:
+    """How many tokens a sequence may have."""
+    return int(cast(PreTrainedModel, model).config.max_position_embeddings)
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many token ids there are."""
+    return int(cast(PreTrainedModel, model).config.vocab_size)
+
+
+def generation_config_of(model: nn.Module) -> GenerationConfig:
+    """What the model says of how it generates."""
+    return cast(GenerationConfig, cast(Any, model).generation_config)
+
+
+def model_mesh(model: nn.Module) -> ModelMesh | None:
+    """The ranks that hold the model together, or None for a single one."""
+    mesh = layout_of(model).mesh
+    assert mesh is None or isinstance(mesh, ModelMesh)
+    return mesh
+
+
+def why_not_captured(model: nn.Module) -> str | None:
+    """The reason why a step cannot be captured in a CUDA graph, or None."""
+    if model_mesh(model) is not None:
+        return "ranks hold the model together"
+    experts = str(cast(Any, model).config._experts_implementation)
+    if not experts.startswith(KEY.format("")):
+        return f"the experts implementation {experts!r} may wait for the device: use with_fast_experts"
+    return None
+
+
+def packed_forward(
+    model: nn.Module, tokens: Tensor, positions: Tensor, paged: Mapping[str, Paged], sampled: Tensor
+) -> Tensor:
+    """The logits [S, V] after the packed tokens `sampled` [S], of tokens and positions [T], by kind of layer."""
+    masks = dict(paged)
+    out = model(
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        # A mapping by kind is handed to the layers as it is.
+        attention_mask=masks,
+        use_cache=False,
+        logits_to_keep=sampled,
+    )
+    return cast(Tensor, out.logits[0])

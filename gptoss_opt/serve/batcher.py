@@ -1,0 +1,323 @@
+"""`ContinuousBatcher`: many requests on one model at once, each coming and going as it likes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from ..core import CompatibilityError, stack_of, undo
+from ..model import serving
+from ..wrappers.flash_attention import with_flash_attention
+from .build import build_engine
+from .prompts import Limits, Prompt
+from .request import GenerationError, Request
+from .stats import Stats
+from .stepper import Decode, Stepper
+
+
+class ContinuousBatcher:
+    """Serves a model: requests share each forward, and their keys and values lie in pages.
+
+    Prompts are computed in chunks beside the sequences that decode, nothing is padded, and a prompt that begins as
+    another did uses its pages. Sliding layers keep only their last window. The model stays the one you have, with the
+    wrappers it has; where attention does not read pages yet, `with_flash_attention` goes on until `close`.
+
+    On a model that several ranks hold together, every rank makes a batcher and calls `generate`, or enters it: the
+    first schedules, the others follow.
+
+    Args:
+        model: a GptOssForCausalLM.
+        max_num_sequences: how many are generated at once; others wait in the order they came.
+        max_batch_tokens: how many tokens one forward computes.
+        kv_memory: bytes for keys and values on this rank, or "auto": on a GPU nine tenths of what a full step leaves
+            free; on a CPU what is needed at most, up to half of what is free.
+        page_size: tokens that share a page.
+        share_prefixes: whether prompts use what others have computed.
+        cuda_graphs: whether steps on a GPU in which all sequences decode are captured once and replayed; `stats` says
+            whether they are, or why not.
+
+    Raises:
+        CompatibilityError: the model cannot be served, and why.
+        ValueError: an option that makes no sense.
+
+    Example:
+        >>> batcher = ContinuousBatcher(model, max_num_sequences=4)
+        >>> [len(tokens) for tokens in batcher.generate([[1, 2, 3], [4, 5]], max_new_tokens=5, progress=False)]
+        [5, 5]
+        >>> with batcher:
+        ...     request = batcher.submit([1, 2, 3], max_new_tokens=4, temperature=0.7, seed=1)
+        ...     len(list(request))
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_num_sequences: int = 64,
+        max_batch_tokens: int = 2048,
+        kv_memory: int | str = "auto",
+        page_size: int = 16,
+        share_prefixes: bool = True,
+        cuda_graphs: bool = True,
+    ) -> None:
+        _check(max_num_sequences, max_batch_tokens, kv_memory, page_size)
+        if problems := [f"ContinuousBatcher: {reason}" for reason in serving.why_not_served(model)]:
+            raise CompatibilityError(problems)
+        self.model = model
+        self._attached = not serving.reads_pages(model)
+        if self._attached:
+            with_flash_attention(model)
+        self._training = [module for module in model.modules() if module.training]
+        for module in self._training:
+            module.training = False
+        try:
+            engine = build_engine(
+                model,
+                max_num_sequences=max_num_sequences,
+                max_batch_tokens=max_batch_tokens,
+                kv_memory=kv_memory,
+                page_size=page_size,
+                share_prefixes=share_prefixes,
+                cuda_graphs=cuda_graphs,
+            )
+        except BaseException:
+            self._restore()
+            raise
+        self._stepper = Stepper(engine)
+        self._limits = Limits(
+            serving.vocabulary_of(model),
+            serving.most_tokens(model),
+            engine.scheduler.why_never,
+            serving.generation_config_of(model),
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        *,
+        tokenizer: Any = None,
+        progress: bool = True,
+        return_exceptions: bool = False,
+        **options: Any,
+    ) -> list[Any]:
+        """Complete all prompts, and return when all are done.
+
+        Args:
+            prompts: lists of token ids; or texts, with a tokenizer.
+            generation_config: for all prompts, or one for each. What it leaves open, `model.generation_config` says.
+            tokenizer: makes ids of texts, and texts of what is generated.
+            progress: whether to show a bar.
+            return_exceptions: put the error of a prompt in its place, instead of raising it.
+            options: as in `submit`.
+
+        Returns:
+            The new token ids of each prompt, the stop token included (texts without special tokens, with a tokenizer);
+            `num_return_sequences` for each prompt, one after the other. On all ranks the same.
+
+        Raises:
+            ValueError: a prompt or an option is wrong; then nothing was computed.
+            GenerationError: one could not be completed; the others were, and are in its `results`.
+        """
+        stepper = self._stepper
+        stepper.check_open()
+        alone = not stepper.in_background
+        if not stepper.leads:
+            if not alone:
+                raise RuntimeError(FOLLOWS)
+            failed, result = stepper.engine.follow()
+            if failed:
+                raise result
+            return list(result)
+        failed, result = True, None
+        try:
+            result = self._generate(prompts, generation_config, tokenizer, progress, return_exceptions, options)
+            failed = False
+        except BaseException as error:
+            result = error
+            raise
+        finally:
+            if alone:
+                stepper.engine.dismiss((failed, result))
+        return result
+
+    def submit(
+        self,
+        prompt: Prompt,
+        generation_config: GenerationConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        seed: int | None = None,
+        stop_token_ids: Iterable[int] = (),
+        logprobs: int | None = None,
+        **options: Any,
+    ) -> Request:
+        """Let a prompt be completed, and return at once. From any thread.
+
+        Inside `with batcher:` a thread makes the steps. Outside, whoever waits for a request makes them.
+
+        Args:
+            prompt: token ids; or a text, with a tokenizer.
+            generation_config: what it leaves open, `model.generation_config` says.
+            tokenizer: for texts and stop strings.
+            seed: of the draws. The same seed gives the same tokens, whatever else is computed beside them; without one
+                it is drawn from torch's random numbers.
+            stop_token_ids: end it, beside `eos_token_id`.
+            logprobs: of how many of the likeliest tokens to give log-probabilities, beside the chosen one's.
+            options: fields of `GenerationConfig`, before those of `generation_config`: `max_new_tokens`, `do_sample`,
+                `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens`, `eos_token_id`,
+                `stop_strings`, `num_return_sequences`. A temperature, top-k, top-p or min-p turns sampling on.
+
+        Returns:
+            The request; with `num_return_sequences` the first of `request.completions`.
+
+        Raises:
+            ValueError: the prompt is empty, too long for the model or for the pages, or holds ids that the model does
+                not have; or an option is not implemented, or has no such value.
+            GenerationError: the batcher is closed.
+        """
+        stepper = self._stepper
+        stepper.check_open()
+        if not stepper.leads:
+            raise RuntimeError(FOLLOWS)
+        if stepper.engine.mesh is not None and not stepper.in_background:
+            raise RuntimeError(
+                "several ranks hold the model: submit inside `with batcher:`, which each of them enters."
+            )
+        options |= {"seed": seed, "stop_token_ids": stop_token_ids, "logprobs": logprobs}
+        requests = self._limits.requests(prompt, generation_config, tokenizer, options, stepper.step)
+        stepper.send(requests, _decode_of(tokenizer))
+        return requests[0]
+
+    def step(self) -> bool:
+        """Make one step in this thread; False if there was nothing to do, or a thread of the batcher makes them."""
+        return self._stepper.step()
+
+    def stats(self) -> Stats:
+        """The work so far. Prints as a table."""
+        return self._stepper.engine.stats()
+
+    def close(self) -> None:
+        """End what goes on, with an error, and leave the model as it was. To close again does nothing."""
+        self._close(wait=False)
+
+    def __enter__(self) -> ContinuousBatcher:
+        self._stepper.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Wait for what was submitted, then close; after an exception close at once."""
+        self._close(wait=error is None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._stepper.closed else f"{len(self._stepper.engine.requests)} requests"
+        return f"<ContinuousBatcher on {type(self.model).__name__}: {state}>"
+
+    def _close(self, *, wait: bool) -> None:
+        self._stepper.close(GenerationError("the batcher was closed"), wait=wait)
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._attached and with_flash_attention() in stack_of(self.model):
+            undo(self.model, with_flash_attention)
+        for module in self._training:
+            module.training = True
+        self._attached, self._training = False, []
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig | Sequence[GenerationConfig] | None,
+        tokenizer: Any,
+        progress: bool,
+        return_exceptions: bool,
+        options: dict[str, Any],
+    ) -> list[Any]:
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__") or hasattr(prompts, "keys"):
+            raise ValueError(f"prompts are a list of lists of token ids, or of texts, not a {type(prompts).__name__}.")
+        configs = config if isinstance(config, list | tuple) else [config] * len(prompts)
+        if len(configs) != len(prompts):
+            raise ValueError(f"{len(configs)} configs for {len(prompts)} prompts: give one for all, or one for each.")
+        made: list[list[Request] | ValueError] = []
+        for number, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
+            made.append(self._requests_or_error(number, prompt, one, tokenizer, options))
+            if isinstance(made[-1], ValueError) and not return_exceptions:
+                raise made[-1]
+        requests = [request for one in made if isinstance(one, list) for request in one]
+        try:
+            self._stepper.send(requests, _decode_of(tokenizer))
+            self._watch(requests, progress)
+        finally:
+            for request in requests:
+                request.cancel()
+        results: list[Any] = []
+        for one in made:
+            results += [_result_of(request, tokenizer) for request in one] if isinstance(one, list) else [one]
+        failed = [result for result in results if isinstance(result, GenerationError)]
+        if failed and not return_exceptions:
+            error = GenerationError(f"{len(failed)} of {len(results)} could not be completed: {failed[0]}")
+            error.results = results
+            raise error from failed[0]
+        return results
+
+    def _requests_or_error(
+        self, number: int, prompt: Prompt, config: GenerationConfig | None, tokenizer: Any, options: dict[str, Any]
+    ) -> list[Request] | ValueError:
+        try:
+            return self._limits.requests(prompt, config, tokenizer, options, self._stepper.step)
+        except ValueError as error:
+            return ValueError(f"prompt {number}: {error}")
+
+    def _watch(self, requests: Sequence[Request], progress: bool) -> None:
+        """Wait for requests, with a bar."""
+        with tqdm(total=len(requests), unit="request", disable=not progress) as bar:
+            going = list(requests)
+            while going:
+                if not self.step():
+                    going[0].wait(0.1)
+                left = [request for request in going if not request.done]
+                bar.set_postfix_str(f"{self.stats().tokens_out_per_second:.0f} tokens/s", refresh=False)
+                bar.update(len(going) - len(left))
+                going = left
+
+
+FOLLOWS = "this rank follows the first, which schedules: submit there."
+
+
+def _check(max_num_sequences: Any, max_batch_tokens: Any, kv_memory: Any, page_size: Any) -> None:
+    """Raise `ValueError` for options that make no sense."""
+    numbers = {
+        "max_num_sequences": max_num_sequences,
+        "max_batch_tokens": max_batch_tokens,
+        "page_size": page_size,
+        **({} if kv_memory == "auto" else {"kv_memory": kv_memory}),
+    }
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            extra = ' of bytes, or "auto"' if name == "kv_memory" else ""
+            raise ValueError(f"{name} is {value!r}, and must be a number of at least 1{extra}.")
+    if max_batch_tokens < max_num_sequences:
+        raise ValueError(
+            f"max_batch_tokens is {max_batch_tokens}, less than max_num_sequences, {max_num_sequences}: each sequence "
+            "gets one token in each step. Raise the first, or lower the second."
+        )
+
+
+def _decode_of(tokenizer: Any) -> Decode | None:
+    if tokenizer is None:
+        return None
+    return partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _result_of(request: Request, tokenizer: Any) -> Any:
+    try:
+        tokens = request.result()
+    except GenerationError as error:
+        return error
+    return tokens if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)

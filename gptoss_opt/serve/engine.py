@@ -1,0 +1,177 @@
+"""Requests in, tokens out, one step at a time: joins the scheduler, the runner and the sampler. No threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..distributed import ModelMesh
+from .batch import Batch
+from .request import GenerationError, Request
+from .runner import Runner
+from .sampler import Draw, Drawn, draw
+from .scheduler import Scheduler
+from .sequence import Sequence
+from .stats import Counts, Stats, percentiles
+
+NOTHING = "nothing to do"
+"""Sent to the other ranks now and then, so that none gives up waiting."""
+
+
+class Engine:
+    """All requests that are not done yet, and how they go on.
+
+    Args:
+        scheduler: what is computed when.
+        runner: what computes it.
+        mesh: the ranks that hold the model together: the first schedules, and the others `follow`.
+        bytes_of_page: what a page takes on this rank.
+        why_no_graphs: the reason why steps are not captured in CUDA graphs, or None.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        mesh: ModelMesh | None,
+        *,
+        bytes_of_page: int,
+        why_no_graphs: str | None = None,
+    ) -> None:
+        self.scheduler, self.runner, self.mesh = scheduler, runner, mesh
+        self.bytes_of_page, self.why_no_graphs = bytes_of_page, why_no_graphs
+        self.requests: dict[Sequence, Request] = {}
+        self.decoders: dict[Request, Callable[[list[int]], str]] = {}
+        self.counts = Counts()
+
+    def add(self, request: Request, decode: Callable[[list[int]], str] | None = None) -> None:
+        """Take a request in; `decode` makes text of ids, for stop strings."""
+        self.requests[request.sequence] = request
+        if decode is not None:
+            self.decoders[request] = decode
+        self.scheduler.add(request.sequence)
+
+    def step(self) -> bool:
+        """Compute and sample once; False if there was nothing to do."""
+        for sequence, request in list(self.requests.items()):
+            if request.cancelled:
+                self._end(sequence, "cancelled")
+        works = self.scheduler.schedule()
+        if not works:
+            assert not self.requests, "requests wait, and none can go on"
+            return False
+        started = time.perf_counter()
+        batch = Batch.of(works, len(self.scheduler.cache.groups))
+        prompt_tokens = [work.num_tokens for work in works if work.sequence.num_computed < work.sequence.prompt_length]
+        logits = self._run(batch)
+        sampled = [work.sequence for work in works if work.samples]
+        drawn = draw(logits, [self._draw_of(sequence) for sequence in sampled]) if sampled else []
+        for work in works:
+            self.scheduler.advance(work)
+        self.counts.step(prompt_tokens, time.perf_counter() - started)
+        for sequence, one in zip(sampled, drawn, strict=True):
+            self._take(sequence, one)
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """End all requests with an error."""
+        for sequence in list(self.requests):
+            self._end(sequence, "error", error)
+
+    def interrupt(self) -> None:
+        """A step was broken off: all sequences begin anew, with the tokens they have."""
+        self.scheduler.preempt_all()
+
+    def stats(self) -> Stats:
+        """The work so far."""
+        scheduler, pages, counts = self.scheduler, self.scheduler.cache.pages, self.counts
+        seconds, graphs = counts.seconds or float("inf"), self.runner.graphs
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            finished=counts.finished,
+            tokens_in=counts.tokens_in,
+            tokens_out=counts.tokens_out,
+            tokens_in_per_second=counts.tokens_in / seconds,
+            tokens_out_per_second=counts.tokens_out / seconds,
+            num_steps=counts.num_steps,
+            pages_used=pages.num_used,
+            num_pages=pages.num_pages,
+            kv_bytes=pages.num_pages * self.bytes_of_page,
+            prefix_tokens=scheduler.num_shared,
+            preemptions=scheduler.num_preemptions,
+            cuda_graphs=f"none: {self.why_no_graphs}" if graphs is None else f"{len(graphs)} captured",
+            time_to_first_token=percentiles(tuple(counts.first)),
+            time_between_tokens=percentiles(tuple(counts.between)),
+        )
+
+    def idle(self) -> None:
+        """Tell the other ranks that there is nothing to do."""
+        self._tell(NOTHING)
+
+    def dismiss(self, result: Any = None) -> None:
+        """Let the other ranks return from `follow`, with this."""
+        self._tell((result,))
+
+    def follow(self) -> Any:
+        """On another rank than the first: compute what it says, until it dismisses."""
+        assert self.mesh is not None
+        while True:
+            said = self.mesh.from_first(None)
+            if isinstance(said, tuple):
+                return said[0]
+            if isinstance(said, Batch):
+                self.runner.run(said)
+
+    def _run(self, batch: Batch) -> Any:
+        self._tell(batch)
+        return self.runner.run(batch)
+
+    def _tell(self, said: Any) -> None:
+        if self.mesh is not None:
+            self.mesh.from_first(said)
+
+    def _draw_of(self, sequence: Sequence) -> Draw:
+        request = self.requests[sequence]
+        return Draw(request.options, request.completion, sequence.tokens, len(request.tokens))
+
+    def _take(self, sequence: Sequence, drawn: Drawn) -> None:
+        """One more token of a sequence, and whether it was the last."""
+        request = self.requests[sequence]
+        if drawn.token is None:
+            message = (
+                f"the logits after {len(sequence.tokens)} tokens are not finite: a weight or an activation is not."
+            )
+            self._end(sequence, "error", GenerationError(message, list(request.tokens)))
+            return
+        sequence.tokens.append(drawn.token)
+        reason = self._reason_to_stop(request, drawn.token)
+        if reason is not None:
+            self._forget(sequence)
+        request.push(drawn, reason)
+        self.counts.token(request.times, request.submitted)
+
+    def _reason_to_stop(self, request: Request, token: int) -> str | None:
+        options, made = request.options, len(request.tokens) + 1
+        if made >= options.min_new_tokens:
+            if token in options.stop_token_ids:
+                return "stop"
+            if options.stop_strings:
+                # Each token of a text is a byte at least, so that no more of them can make up the string.
+                most = max(len(one.encode()) for one in options.stop_strings)
+                text = self.decoders[request]([*request.tokens, token][-most - 1 :])
+                if any(one in text for one in options.stop_strings):
+                    return "stop"
+        return "length" if made == options.max_new_tokens else None
+
+    def _end(self, sequence: Sequence, reason: str, error: BaseException | None = None) -> None:
+        request = self.requests[sequence]
+        self._forget(sequence)
+        request.end(reason, error)
+
+    def _forget(self, sequence: Sequence) -> None:
+        request = self.requests.pop(sequence)
+        self.decoders.pop(request, None)
+        self.scheduler.remove(sequence)
+        self.counts.finished += 1

@@ -1,0 +1,223 @@
+"""How a completion is made: transformers' `GenerationConfig`, read field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
+"""Fields that shape the distribution, with the values that `generate` takes where nothing is said."""
+
+READ = (
+    *SAMPLING,
+    "do_sample",
+    "repetition_penalty",
+    "max_new_tokens",
+    "max_length",
+    "min_new_tokens",
+    "eos_token_id",
+    "stop_strings",
+    "num_return_sequences",
+)
+
+WITHOUT_EFFECT = (
+    # Of bookkeeping and padding, which packed batches have none of; and how a cache is kept, which is this package's.
+    "pad_token_id",
+    "bos_token_id",
+    "transformers_version",
+    "use_cache",
+    "cache_implementation",
+    "disable_compile",
+    "return_dict_in_generate",
+)
+
+NEUTRAL: Mapping[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "length_penalty": 1.0,
+    "typical_p": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "min_length": 0,
+    "num_assistant_tokens_schedule": "constant",
+    "num_assistant_tokens": 20,
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "target_lookbehind": 10,
+}
+"""Values of fields that are not implemented under which they do nothing. None, False and 0 are such for all."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits. Equal by value: sequences with the same are sampled together.
+
+    Attributes:
+        temperature, top_k, top_p, min_p: as in transformers; None for greedy in all of them.
+        repetition_penalty: as in transformers.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature is None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of one prompt.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        min_new_tokens: no stop token before so many.
+        stop_token_ids: any of these ends it, and is the last token.
+        stop_strings: any of these in the text ends it.
+        sampling: how tokens are drawn.
+        seed: of the draws.
+        logprobs: of how many of the likeliest tokens log-probabilities are wanted, beside the chosen one's; None for no
+            log-probabilities at all.
+        num_return_sequences: how many completions.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    logprobs: int | None = None
+    num_return_sequences: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        prompt_length: int,
+        of_model: GenerationConfig,
+        config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        stop_token_ids: Iterable[int] = (),
+        logprobs: int | None = None,
+        **fields: Any,
+    ) -> Options:
+        """The options of a prompt: `fields` go before `config`, and that before what the model has.
+
+        Raises:
+            ValueError: naming the field, if it has no such value, or is not implemented.
+        """
+        given = {**_said(config), **{name: value for name, value in fields.items() if value is not None}}
+        if unknown := sorted(set(fields) - set(vars(of_model))):
+            raise ValueError(f"GenerationConfig has no field {', '.join(map(repr, unknown))}.")
+        said = {**_said(of_model), **given}
+        if refused := [name for name in said if not _implemented(name, said[name])]:
+            values = ", ".join(f"{name}={said[name]!r}" for name in refused)
+            raise ValueError(f"ContinuousBatcher does not implement {values}. Leave it out, or use model.generate.")
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        stop = said.get("eos_token_id") or ()
+        options = cls(
+            max_new_tokens=_max_new_tokens(prompt_length, given, said),
+            min_new_tokens=said.get("min_new_tokens") or 0,
+            stop_token_ids=frozenset([stop] if isinstance(stop, int) else stop) | frozenset(stop_token_ids),
+            stop_strings=_strings(said.get("stop_strings")),
+            sampling=_sampling(given, said),
+            seed=seed,
+            logprobs=logprobs,
+            num_return_sequences=said.get("num_return_sequences") or 1,
+        )
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        sampling = self.sampling
+        wrong = {
+            "max_new_tokens": self.max_new_tokens < 1,
+            "min_new_tokens": not 0 <= self.min_new_tokens <= self.max_new_tokens,
+            "num_return_sequences": self.num_return_sequences < 1,
+            "logprobs": self.logprobs is not None and self.logprobs < 0,
+            "temperature": not sampling.greedy and not (sampling.temperature or 0) > 0,
+            "top_k": (sampling.top_k or 0) < 0,
+            "top_p": not 0 < (1 if sampling.top_p is None else sampling.top_p) <= 1,
+            "min_p": not 0 <= (sampling.min_p or 0) <= 1,
+            "repetition_penalty": not (1 if sampling.repetition_penalty is None else sampling.repetition_penalty) > 0,
+        }
+        ranges = {
+            "max_new_tokens": "at least 1",
+            "min_new_tokens": "from 0 to max_new_tokens",
+            "num_return_sequences": "at least 1",
+            "logprobs": "at least 0",
+            "temperature": "above 0 (0 is greedy)",
+            "top_k": "at least 0 (0 is off)",
+            "top_p": "above 0, up to 1",
+            "min_p": "from 0 to 1",
+            "repetition_penalty": "above 0",
+        }
+        for name in (name for name, bad in wrong.items() if bad):
+            value = getattr(self, name) if hasattr(self, name) else getattr(sampling, name)
+            raise ValueError(f"{name} is {value!r}, and must be {ranges[name]}.")
+        if self.num_return_sequences > 1 and sampling.greedy:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}, and greedy completions of one prompt are all "
+                "the same. Sample them: do_sample=True."
+            )
+
+
+def _said(config: GenerationConfig | None) -> dict[str, Any]:
+    """The fields of a config that say anything."""
+    if config is None:
+        return {}
+    if not isinstance(config, GenerationConfig):
+        raise TypeError(f"expected a GenerationConfig, got a {type(config).__name__}.")
+    return {name: value for name, value in vars(config).items() if value is not None and not name.startswith("_")}
+
+
+def _implemented(name: str, value: Any) -> bool:
+    return name in READ or name in WITHOUT_EFFECT or not value or NEUTRAL.get(name) == value
+
+
+def _max_new_tokens(prompt_length: int, given: Mapping[str, Any], said: Mapping[str, Any]) -> int:
+    """As in `generate`: what is given now goes first, and 20 where nothing is said."""
+    for fields in (given, said):
+        if fields.get("max_new_tokens") is not None:
+            return int(fields["max_new_tokens"])
+        if fields.get("max_length") is not None:
+            if fields["max_length"] <= prompt_length:
+                raise ValueError(
+                    f"max_length is {fields['max_length']}, and the prompt has {prompt_length} tokens already. "
+                    "Use max_new_tokens."
+                )
+            return int(fields["max_length"]) - prompt_length
+    return 20
+
+
+def _strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(one, str) and one for one in strings):
+        raise ValueError(f"stop_strings are texts of at least one character, not {strings!r}.")
+    return strings
+
+
+def _sampling(given: Mapping[str, Any], said: Mapping[str, Any]) -> Sampling:
+    penalty = said.get("repetition_penalty")
+    penalty = None if penalty == 1.0 else penalty
+    # A temperature given without a word on do_sample is meant to be used.
+    asked = any(given.get(name) is not None for name in SAMPLING)
+    sample = given.get("do_sample", True if asked else said.get("do_sample", False))
+    values = {name: said.get(name, default) for name, default in SAMPLING.items()}
+    if not sample or values["temperature"] == 0:
+        return Sampling(repetition_penalty=penalty)
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    return Sampling(
+        **{name: None if name in off and value == off[name] else value for name, value in values.items()},
+        repetition_penalty=penalty,
+    )

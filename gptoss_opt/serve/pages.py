@@ -1,0 +1,86 @@
+"""Pages of key/value memory: who uses them, and which hold what may be used again. No tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+NOWHERE = 0
+"""The page that belongs to nobody. What is to be kept nowhere goes there."""
+
+
+class Pages:
+    """Hands out pages, counts how many sequences use each, and finds one again by what it holds.
+
+    A page that nobody uses keeps what it holds until it is handed out again: those that hold nothing known go first,
+    then those never used, then those that were given back longest ago.
+
+    Args:
+        num_pages: how many there are, page `NOWHERE` included.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.users = [0] * num_pages
+        self._keys: list[Hashable | None] = [None] * num_pages
+        self._page_of: dict[Hashable, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict()
+        self._fresh = NOWHERE + 1  # from here on, pages were never used
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that there are to be used."""
+        return len(self.users) - 1
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody uses."""
+        return len(self._free) + len(self.users) - self._fresh
+
+    @property
+    def num_used(self) -> int:
+        """Pages that somebody uses."""
+        return self.num_pages - self.num_free
+
+    def allocate(self) -> int:
+        """A page for one user, who may write to it. There must be one."""
+        page = next(iter(self._free), None)
+        if (page is None or self._keys[page] is not None) and self._fresh < len(self.users):
+            page, self._fresh = self._fresh, self._fresh + 1
+        else:
+            page, _ = self._free.popitem(last=False)
+            self._forget(page)
+        self.users[page] = 1
+        return page
+
+    def find(self, key: Hashable) -> int | None:
+        """The page that holds what `key` stands for, used or not."""
+        return self._page_of.get(key)
+
+    def share(self, page: int) -> int:
+        """Use a page that `find` found."""
+        if not self.users[page]:
+            del self._free[page]
+        self.users[page] += 1
+        return page
+
+    def remember(self, page: int, key: Hashable) -> None:
+        """Say what a page that is used holds, for good: it is full. The first page for a key stays the one."""
+        assert self.users[page]
+        if key not in self._page_of:
+            self._forget(page)
+            self._page_of[key] = page
+            self._keys[page] = key
+
+    def release(self, page: int) -> None:
+        """Give a page back."""
+        self.users[page] -= 1
+        assert self.users[page] >= 0
+        if not self.users[page]:
+            self._free[page] = None
+            if self._keys[page] is None:
+                self._free.move_to_end(page, last=False)
+
+    def _forget(self, page: int) -> None:
+        key, self._keys[page] = self._keys[page], None
+        if key is not None:
+            del self._page_of[key]

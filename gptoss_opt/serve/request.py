@@ -1,0 +1,181 @@
+"""What the user holds while a completion is made: read it as it comes, wait for it, or cancel it. Safe in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, NamedTuple
+
+from .options import Options
+from .sampler import Drawn
+from .sequence import Sequence
+
+
+class Logprobs(NamedTuple):
+    """What the model thought of one token.
+
+    Attributes:
+        token: the id that was chosen.
+        logprob: its log-probability (natural), before temperature and the like.
+        likeliest: (id, log-probability) of the likeliest tokens, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+class GenerationError(RuntimeError):
+    """A completion could not be made. `tokens` are those that were; `results` what `generate` has of all prompts."""
+
+    def __init__(self, message: str, tokens: list[int] | None = None) -> None:
+        super().__init__(message)
+        self.tokens = tokens or []
+        self.results: list[Any] = []
+
+
+class Request:
+    """One completion: what `ContinuousBatcher.submit` returns.
+
+    Iterate over it, also with `async for`, to get the token ids as they are made; several may do so at once, each from
+    the beginning. What was made is kept until you drop it, so that nobody has to keep up: it is never more than
+    `max_new_tokens` ids.
+
+    Attributes:
+        prompt: its token ids.
+        tokens: the ids made so far, the stop token included.
+        logprobs: one for each of them, if asked for.
+        finish_reason: "stop" (a stop token or string), "length", "cancelled" or "error"; None while it goes on.
+        error: what went wrong, or None.
+        completions: all requests of the same prompt (`num_return_sequences` of them).
+    """
+
+    def __init__(self, prompt: list[int], options: Options, completion: int, step: Callable[[], bool]) -> None:
+        self.prompt, self.options, self.completion = prompt, options, completion
+        self.sequence = Sequence.of(prompt, options.max_new_tokens)
+        self.tokens: list[int] = []
+        self.logprobs: list[Logprobs] = []
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.completions: tuple[Request, ...] = (self,)
+        self.submitted, self.times = time.perf_counter(), list[float]()
+        self._changed = threading.Condition()
+        self._wakers: list[Callable[[], None]] = []
+        self._step, self._wanted = step, True
+
+    def __repr__(self) -> str:
+        state = self.finish_reason or ("cancelled" if self.cancelled else "going on")
+        return f"<Request of {len(self.prompt)} tokens: {len(self.tokens)} made, {state}>"
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finish_reason is not None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants more."""
+        return not self._wanted
+
+    def cancel(self) -> None:
+        """Want no more of it. What was made stays; others are not touched. Never waits."""
+        self._wanted = False
+
+    def result(self, timeout: float | None = None) -> list[int]:
+        """The token ids, once all are made; of one that was cancelled, those made until then.
+
+        Raises:
+            TimeoutError: after `timeout` seconds; it goes on all the same.
+            GenerationError: something went wrong; its `tokens` are those that were made.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._wait(len(self.tokens), deadline):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"{self!r} after {timeout} s. It goes on: ask again, or cancel() it.")
+        self._raise_if_failed()
+        return list(self.tokens)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for more tokens or the end, so many seconds at most; whether it is the end."""
+        return self._wait(len(self.tokens), None if timeout is None else time.monotonic() + timeout)
+
+    def __iter__(self) -> Iterator[int]:
+        given = 0
+        while True:
+            done = self._wait(given, None)
+            fresh = self.tokens[given:]
+            given += len(fresh)
+            yield from fresh
+            if done and given == len(self.tokens):
+                break
+        self._raise_if_failed()
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        loop, changed, given = asyncio.get_running_loop(), asyncio.Event(), 0
+
+        def wake() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            self._wakers.append(wake)
+        try:
+            while True:
+                changed.clear()
+                done = self.done
+                for token in self.tokens[given:]:
+                    given += 1
+                    yield token
+                if done and given == len(self.tokens):
+                    break
+                if self._step():
+                    await asyncio.sleep(0)
+                else:
+                    await changed.wait()
+        finally:
+            with self._changed:
+                self._wakers.remove(wake)
+        self._raise_if_failed()
+
+    def _wait(self, given: int, deadline: float | None) -> bool:
+        """Wait for more than so many tokens, for the end, or the deadline; whether it is the end."""
+        while not self.done and len(self.tokens) <= given:
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            # Where no thread makes the steps, this one does.
+            if not self._step():
+                with self._changed:
+                    if not self.done and len(self.tokens) <= given:
+                        left = None if deadline is None else max(deadline - time.monotonic(), 0)
+                        self._changed.wait(left)
+        return self.done
+
+    def _raise_if_failed(self) -> None:
+        if isinstance(self.error, GenerationError):
+            raise self.error
+        if self.error is not None:
+            raise GenerationError(f"the step failed: {self.error!r}", self.tokens) from self.error
+
+    def push(self, drawn: Drawn, finish_reason: str | None) -> None:
+        """One more token, by the batcher; with why it was the last, if it was."""
+        assert drawn.token is not None
+        with self._changed:
+            self.times.append(time.perf_counter())
+            if drawn.logprob is not None:
+                self.logprobs.append(Logprobs(drawn.token, drawn.logprob, drawn.likeliest))
+            self.tokens.append(drawn.token)
+            self._notify(finish_reason)
+
+    def end(self, finish_reason: str, error: BaseException | None = None) -> None:
+        """Nothing more will come, by the batcher."""
+        with self._changed:
+            self.error = error
+            self._notify(finish_reason)
+
+    def _notify(self, finish_reason: str | None) -> None:
+        self.finish_reason = finish_reason
+        self._changed.notify_all()
+        for wake in self._wakers:
+            wake()
