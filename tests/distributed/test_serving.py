@@ -1,0 +1,71 @@
+"""Serving a model that ranks hold together: the first schedules, the others follow, and all get the same tokens."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from gptoss_opt import ContinuousBatcher, GenerationError, shard_experts, stack_of
+from tests.distributed.models import UNEVEN
+from tests.distributed.ranks import Ranks
+from tests.distributed.test_sharding import WRAPS
+from tests.helpers import ids, tiny_model
+from tests.serve.conftest import NEW, alone
+
+PROMPTS = [ids(1, length, seed=length)[0].tolist() for length in (3, 17, 40, 17)]
+SPLITS = {
+    "tensor parallel": lambda ranks: ranks,
+    "expert parallel": lambda ranks: 1,
+    "tensor, then expert parallel": lambda ranks: ranks,
+    "packed on two axes": lambda ranks: 2,
+    "all to all": lambda ranks: 1,
+}
+"""Over how many ranks the heads are spread."""
+
+
+def all_to_all(model: Any) -> Any:
+    return shard_experts(model, dispatch="all_to_all")
+
+
+def served(name: str) -> dict[str, Any]:
+    """What this rank gets from `generate`, and from requests in the background on the first."""
+    model = (all_to_all if name == "all to all" else WRAPS[name])(tiny_model(**UNEVEN))
+    before = len(stack_of(model))
+    batcher = ContinuousBatcher(model, max_num_sequences=3, max_batch_tokens=32, kv_memory=1 << 20)
+    leads = batcher._stepper.leads
+    # What the others ask for does not matter.
+    found: dict[str, Any] = {
+        "generate": batcher.generate(PROMPTS if leads else [[1]], max_new_tokens=NEW, progress=False)
+    }
+    with pytest.raises(ValueError, match="prompt 0: the prompt is empty"):
+        batcher.generate([[]], progress=False)
+    with pytest.raises(RuntimeError, match="this rank follows|submit inside `with batcher:`"):
+        batcher.submit(PROMPTS[0])
+    with batcher:
+        if leads:
+            requests = [batcher.submit(prompt, max_new_tokens=NEW) for prompt in PROMPTS]
+            requests += [batcher.submit(PROMPTS[0], max_new_tokens=NEW, temperature=2.0, seed=1)]
+            found["submit"] = [list(request) for request in requests]
+        else:
+            with pytest.raises(RuntimeError, match="this rank follows"):
+                batcher.generate(PROMPTS, progress=False)
+    found["heads"] = batcher._stepper.engine.runner.keys[0].shape[1]
+    assert len(stack_of(model)) == before
+    assert not [one for one in threading.enumerate() if one.name == "batcher"]
+    with pytest.raises(GenerationError, match="closed"):
+        batcher.generate(PROMPTS, progress=False)
+    return found
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_all_ranks_get_what_one_process_gets(ranks: Ranks, name: str) -> None:
+    plain = tiny_model(**UNEVEN)
+    expected = [alone(plain, prompt) for prompt in PROMPTS]
+    results = ranks(served, name)
+    assert [one["generate"] for one in results] == [expected] * ranks.num_ranks
+    assert results[0]["submit"][:4] == expected
+    assert results[0]["submit"][4] != expected[0]
+    # Each rank keeps the keys of its own heads.
+    assert results[0]["heads"] == UNEVEN["num_key_value_heads"] // SPLITS[name](ranks.num_ranks)

@@ -1,0 +1,227 @@
+"""What goes wrong is told to whom it concerns, and nobody else loses anything."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gptoss_opt import ContinuousBatcher, GenerationError, stack_of
+from gptoss_opt.serve.graphs import DecodeGraphs
+from tests.helpers import ids, tiny_model
+from tests.serve.conftest import NEW
+
+Serve = Callable[..., ContinuousBatcher]
+Prompts = list[list[int]]
+
+
+def failing(model: Any, when: Callable[[], bool], error: BaseException) -> None:
+    """Let the forward of a model raise."""
+    inner = model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if when():
+            raise error
+        return inner(*args, **kwargs)
+
+    model.model.forward = forward
+
+
+def test_two_thousand_requests_with_random_cancels(serve: Serve) -> None:
+    model = tiny_model(num_hidden_layers=2)
+    batcher = serve(model, max_num_sequences=64, max_batch_tokens=512, page_size=4, kv_memory=512 * 4 * 120)
+    chance = random.Random(0)
+    stem = ids(1, 8)[0].tolist()
+    wanted: dict[int, list[int]] = {}
+    requests = []
+    for n in range(2000):
+        requests.append(batcher.submit([*stem[: n % 8], 2 + n % 50], max_new_tokens=1 + n % 3))
+        if chance.random() < 0.3:
+            requests[-1].cancel()
+        if chance.random() < 0.02:
+            batcher.step()
+            chance.choice(requests).cancel()
+    while batcher.step():
+        pass
+    assert all(request.done for request in requests)
+    assert batcher.stats().pages_used == batcher.stats().waiting == 0
+    done = [(n, request) for n, request in enumerate(requests) if request.finish_reason != "cancelled"]
+    assert len(done) > 1000
+    for n, request in done:
+        kind = (n % 8) * 1000 + n % 50 * 10 + n % 3
+        assert wanted.setdefault(kind, request.tokens) == request.tokens
+        assert request.finish_reason == "stop" or len(request.tokens) == 1 + n % 3
+
+
+def test_one_thread_submits_while_others_read(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    found: dict[int, list[int]] = {}
+    with serve() as batcher:
+        requests = [batcher.submit(prompts[0], max_new_tokens=NEW)]
+
+        def submit() -> None:
+            for prompt in prompts[1:]:
+                requests.append(batcher.submit(prompt, max_new_tokens=NEW))
+                time.sleep(0.01)
+
+        def read(number: int) -> None:
+            while len(requests) <= number:
+                time.sleep(0.001)
+            found[number] = list(requests[number])
+
+        threads = [threading.Thread(target=submit)]
+        threads += [threading.Thread(target=read, args=(number,)) for number in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert [found[number] for number in range(len(prompts))] == expected
+
+
+def test_a_reader_that_stops_holds_nobody_up(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    with serve() as batcher:
+        stopped = iter(batcher.submit(prompts[0], max_new_tokens=NEW))
+        next(stopped)
+        assert batcher.submit(prompts[1], max_new_tokens=NEW).result(timeout=60) == expected[1]
+    assert list(stopped) == expected[0][1:]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_an_exception_in_the_forward(background: bool, serve: Serve, prompts: Prompts) -> None:
+    model = tiny_model()
+    batcher = serve(model, max_num_sequences=2)
+    steps = iter(range(100))
+    failing(model, lambda: next(steps) == 4, RuntimeError("the model broke"))
+    if background:
+        batcher.__enter__()
+    requests = [batcher.submit(prompt, max_new_tokens=NEW) for prompt in prompts]
+    for request in requests:
+        with pytest.raises(GenerationError, match="the model broke") as caught:
+            request.result(timeout=60)
+        assert caught.value.tokens == request.tokens
+        assert request.finish_reason == "error"
+    with pytest.raises(GenerationError, match="the batcher is closed .the model broke.. Make another"):
+        batcher.submit(prompts[0])
+    with pytest.raises(GenerationError, match="the model broke"):
+        batcher.generate(prompts, progress=False)
+    batcher.close()
+    assert not stack_of(model)
+
+
+def test_an_exception_during_generate(serve: Serve, prompts: Prompts) -> None:
+    model = tiny_model()
+    batcher = serve(model)
+    failing(model, lambda: True, RuntimeError("the model broke"))
+    with pytest.raises(GenerationError, match="6 of 6 could not be completed: the step failed: .*the model broke"):
+        batcher.generate(prompts, progress=False)
+
+
+def test_an_interrupt_during_generate_leaves_the_batcher_usable(
+    serve: Serve, prompts: Prompts, expected: Prompts
+) -> None:
+    model = tiny_model()
+    batcher = serve(model)
+    steps = iter(range(1000))
+    failing(model, lambda: next(steps) == 5, KeyboardInterrupt())
+    kept = batcher.submit(prompts[3], max_new_tokens=NEW)
+    with pytest.raises(KeyboardInterrupt):
+        batcher.generate(prompts, max_new_tokens=NEW, progress=False)
+    assert kept.result() == expected[3]
+    assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == expected
+    assert batcher.stats().pages_used == 0
+
+
+def test_logits_that_are_not_finite_end_one_request(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    model = tiny_model()
+    marked = 1  # an id that is in no prompt but one
+    with torch.no_grad():
+        model.model.embed_tokens.weight[marked] = torch.nan
+    assert not any(marked in tokens for tokens in (*prompts, *expected))
+    batcher = serve(model)
+    with pytest.raises(
+        GenerationError, match="1 of 7 could not be completed: the logits after 4 tokens are not fin"
+    ) as e:
+        batcher.generate([*prompts, [5, 6, marked, 7]], max_new_tokens=NEW, progress=False)
+    assert e.value.results[:6] == expected
+    assert isinstance(e.value.results[6], GenerationError)
+    # Pages that held what is not finite are used again.
+    assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == expected
+
+
+def test_close_during_work(serve: Serve, prompts: Prompts) -> None:
+    model = tiny_model()
+    batcher = serve(model, max_num_sequences=2)
+    with batcher:
+        requests = [batcher.submit(prompt, max_new_tokens=1500) for prompt in prompts]
+        next(iter(requests[0]))
+        batcher.close()
+        for request in requests:
+            with pytest.raises(GenerationError, match="the batcher was closed"):
+                request.result(timeout=60)
+    batcher.close()
+    assert not stack_of(model)
+    assert not any(one.name == "batcher" for one in threading.enumerate())
+    with pytest.raises(GenerationError, match="the batcher is closed .the batcher was closed.. Make another"):
+        batcher.submit(prompts[0])
+
+
+def test_leaving_waits_for_what_was_submitted(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    with serve() as batcher:
+        requests = [batcher.submit(prompt, max_new_tokens=NEW) for prompt in prompts]
+    assert [request.result() for request in requests] == expected
+
+
+def test_an_exception_inside_ends_at_once(serve: Serve, prompts: Prompts) -> None:
+    with pytest.raises(ZeroDivisionError), serve() as batcher:
+        request = batcher.submit(prompts[0], max_new_tokens=1500)
+        raise ZeroDivisionError
+    with pytest.raises(GenerationError, match="the batcher was closed"):
+        request.result()
+
+
+def test_a_cancelled_request_ends_with_what_it_has(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    batcher = serve()
+    request = batcher.submit(prompts[0], max_new_tokens=NEW)
+    stream = iter(request)
+    first = [next(stream), next(stream)]
+    request.cancel()
+    assert request.result() == first == expected[0][:2]
+    assert list(stream) == []
+    assert request.finish_reason == "cancelled"
+
+
+def test_a_time_out_leaves_the_request_going(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    batcher = serve()
+    request = batcher.submit(prompts[0], max_new_tokens=NEW)
+    with pytest.raises(TimeoutError, match="It goes on"):
+        request.result(timeout=0)
+    assert request.result(timeout=60) == expected[0]
+
+
+def test_captured_steps_are_the_same(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    """What is captured is run again on buffers with rows of padding, as on a GPU."""
+    batcher = serve(max_num_sequences=6)
+    runner, captured = batcher._stepper.engine.runner, []
+
+    def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        run()
+        captured.append(run)
+        return run
+
+    runner.graphs = DecodeGraphs(runner.forward, 6, capture)
+    assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == expected
+    rows = {key[0] for key in runner.graphs._made}
+    assert rows <= {1, 2, 4, 6}
+    assert len(captured) == len(runner.graphs) < batcher.stats().num_steps
+
+
+def test_a_model_on_two_devices_is_refused() -> None:
+    model = tiny_model()
+    model.lm_head = nn.Linear(64, 128, bias=False, device="meta")
+    with pytest.raises(ValueError, match="its parameters are on cpu and meta"):
+        ContinuousBatcher(model)
