@@ -1,8 +1,8 @@
 """The demo: GPT-OSS in eager attention and with the wrappers, measured and compared.
 
-Two tables: generation and a training step over long prompts, and decoding with the experts held in each way; and a
-third with the model sharded over several processes, if they are asked for. Each row is measured in a process of its
-own, so that its memory is its own. Timed once, after a short warm-up.
+Generation and a training step over long prompts; decoding with the experts held in each way; the model sharded over
+several processes, if they are asked for; and several prompts at once: a table of each. The models are measured in
+processes of their own, so that the memory of each is its own. Timed once, after a short warm-up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -33,7 +34,8 @@ from ..wrappers.flash_attention import with_flash_attention
 from ..wrappers.mxfp4_experts import with_mxfp4_experts
 from .decode import PROMPT, Decoder
 from .measure import Subject, Wrap
-from .report import DecodeResult, Report, Result, ShardedResult
+from .report import DecodeResult, Report, Result, ServedResult, ShardedResult
+from .serving import LENGTHS, NUM_PROMPTS, Server
 from .sharded import SHARDED_ROWS, measure_sharded
 
 
@@ -56,6 +58,21 @@ DECODE_ROWS = (
     Row("dense (transformers)"),
     Row("with_fast_experts", with_fast_experts),
     Row("with_mxfp4_experts", with_mxfp4_experts),
+)
+
+
+@dataclass(frozen=True)
+class ServeRow(Row):
+    """The same for the table of several prompts: by a `ContinuousBatcher`, or by `generate`."""
+
+    batcher: bool = True
+
+
+# Those that follow each other with the same wrapper share a process, and the model.
+SERVE_ROWS = (
+    ServeRow("generate, one batch (transformers)", batcher=False),
+    ServeRow("ContinuousBatcher"),
+    ServeRow("ContinuousBatcher, with_mxfp4_experts", with_mxfp4_experts),
 )
 
 WIDE = replace(SIZES["20b"], layers=1, experts=8, vocab=4096, bos=4093, pad=4094, eos=4095)
@@ -94,6 +111,8 @@ def packed(path: str) -> bool:
 
 # One per measuring process: a model stays where it is, and only file names and numbers travel.
 _subject: Subject | None = None
+_server: Server | None = None
+_serving: Iterator[float | ServedResult] = iter(())
 
 
 def _load(*args: Any) -> str:
@@ -110,6 +129,21 @@ def _measure(*args: Any) -> Result:
 def _decode(new_tokens: int, file: Path, *args: Any) -> tuple[DecodeResult, str]:
     decoder = Decoder(*args)
     return decoder.measure(new_tokens, file), str(explain(decoder.model))
+
+
+def _load_server(*args: Any) -> None:
+    global _server
+    _server = Server(*args)
+
+
+def _begin_to_serve(*args: Any) -> None:
+    global _serving
+    assert _server is not None
+    _serving = _server.measure(*args)
+
+
+def _go_on_serving() -> float | ServedResult:
+    return next(_serving)
 
 
 def _quiet() -> None:
@@ -141,7 +175,8 @@ def _explained(path: str) -> Iterator[None]:
         raise DemoError(f"cannot load or run {path!r}: {' '.join(str(error).split())}") from error
     except (MemoryError, RuntimeError) as error:
         known = (MemoryError, torch.OutOfMemoryError, BrokenProcessPool)
-        if isinstance(error, known) or "DefaultCPUAllocator" in str(error):
+        # A batcher says it in words of its own.
+        if isinstance(error, known) or any(name in str(error) for name in ("DefaultCPUAllocator", "OutOfMemoryError")):
             raise DemoError("out of memory, or killed: use shorter --lengths or a smaller model.") from error
         raise
 
@@ -157,22 +192,24 @@ def run_demo(
     wide: Size | None = WIDE,
     rows: Sequence[Row] = ROWS,
     decode_rows: Sequence[Row] = DECODE_ROWS,
+    serve_rows: Sequence[ServeRow] = SERVE_ROWS,
     isolated: bool = True,
     ranks: int | None = None,
 ) -> Report:
-    """Generate and train one step with every stack at every length, decode with the experts held in each way, compare.
+    """Generate and train a step with every stack, decode with the experts held in each way, serve, and compare.
 
     Args:
         model: a folder or a hub id; None writes random checkpoints and removes them afterwards.
         lengths: prompt lengths in tokens.
         new_tokens: how many tokens to generate, greedily.
         dtype: to load the weights in; None is "float32" for the random checkpoint, else "auto", the dtype of the file.
-            The second table is in float32 if that is asked for, else in bfloat16.
+            The tables of decoding and serving are in float32 if that is asked for, else in bfloat16.
         threads: CPU threads; None leaves that to torch.
         size: of the random checkpoint.
-        wide: the size of the random checkpoint of the second table; None takes the first one again.
+        wide: the size of the random checkpoint for decoding and serving; None takes the first one again.
         rows: the stacks.
         decode_rows: the ways to hold the experts.
+        serve_rows: the ways to complete several prompts at once.
         isolated: measure each stack in a process of its own. Without, memory is less exact.
         ranks: shard the model over so many processes too, in float32 unless another dtype is asked for.
 
@@ -198,13 +235,15 @@ def run_demo(
         if not packed(path):
             # To pack dense weights is lossy: there is no first row to hold it to.
             decode_rows = [row for row in decode_rows if row.wrap is not with_mxfp4_experts]
+            serve_rows = [row for row in serve_rows if row.wrap is not with_mxfp4_experts]
         sharded_rows = ((None, None), *SHARDED_ROWS) if ranks else ()
         sharded: list[ShardedResult] = []
         results: list[Result] = []
         decoded: list[DecodeResult] = []
+        served: list[ServedResult] = []
         explanations = ["", ""]
-        bar_format = "{desc:<42}{bar}| {n_fmt}/{total_fmt} {elapsed}"
-        total = len(rows) * (1 + len(lengths)) + len(decode_rows) + len(sharded_rows)
+        bar_format = "{desc:<53}{bar}| {n_fmt}/{total_fmt} {elapsed}"
+        total = len(rows) * (1 + len(lengths)) + len(decode_rows) + len(sharded_rows) + len(serve_rows)
         with tqdm(total=total, bar_format=bar_format, ncols=80) as bar:
             for row in rows:
                 with _explained(path), _caller(isolated) as call:
@@ -221,15 +260,28 @@ def run_demo(
                     first = Path(scratch, "one.pt"), path, sharded_dtype(dtype), threads, new_tokens
                     sharded.append(call(measure_sharded, ranks, label, wrap, *first))
                     bar.update()
+            if (decode_rows or serve_rows) and model is None and wide is not None:
+                path = str(_wide_checkpoint(Path(scratch, "wide"), wide))
             for row in decode_rows:
-                if not decoded and model is None and wide is not None:
-                    path = str(_wide_checkpoint(Path(scratch, "wide"), wide))
                 with _explained(path), _caller(isolated) as call:
                     bar.set_description_str(f"{row.label}: decode")
                     arguments = (path, decode_dtype, row.label, row.wrap, threads)
                     result, explanations[1] = call(_decode, new_tokens, Path(scratch, "first.pt"), *arguments)
                     decoded.append(result)
                     bar.update()
+            for wrap, group in groupby(serve_rows, lambda row: row.wrap):
+                with _explained(path), _caller(isolated) as call:
+                    bar.set_description_str("serve: load")
+                    call(_load_server, path, decode_dtype, wrap, threads)
+                    for serve_row in group:
+                        bar.set_description_str(f"{serve_row.label}: start")
+                        call(
+                            _begin_to_serve, serve_row.label, serve_row.batcher, new_tokens, Path(scratch, "served.pt")
+                        )
+                        while not isinstance(found := call(_go_on_serving), ServedResult):
+                            bar.set_description_str(f"{serve_row.label}: {found:.0f} tokens/s")
+                        served.append(found)
+                        bar.update()
     name = model or f"random checkpoint, size {size!r}"
     decode_name = model or ("one layer as wide as gpt-oss-20b's, 8 experts" if wide is WIDE else name)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -242,11 +294,14 @@ def run_demo(
         CODE.format(model=model or "openai/gpt-oss-20b"),
         f"{name}, dtype {str(sharded_dtype(dtype)).removeprefix('torch.')}, {new_tokens} tokens after {PROMPT}",
         tuple(sharded),
+        f"{decode_name}, dtype {str(decode_dtype).removeprefix('torch.')}, {NUM_PROMPTS} prompts of {LENGTHS[0]} to "
+        f"{LENGTHS[1]} tokens",
+        tuple(served),
     )
 
 
 def sharded_dtype(dtype: str) -> torch.dtype:
-    """The dtype of the third table."""
+    """The dtype of the table of sharded models."""
     return torch.bfloat16 if dtype in ("bfloat16", "float16") else torch.float32
 
 

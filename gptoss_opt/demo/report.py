@@ -1,4 +1,4 @@
-"""What the demo prints: one line per stack and length, one per way to hold the experts, and the text around them."""
+"""What the demo prints: a line for each stack in each table, and the text around them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ SHARDED_HEADINGS = ("held by", "same greedy tokens", "max logit diff", "paramete
 SHARDED_FOOTNOTE = """\
 Every rank computes its part of every token. On one machine's cores, ranks share what one process has to itself: what
 they save here is memory. Across machines: docs/several_nodes.md."""
+
+SERVED_HEADINGS = ("served by", "same greedy tokens", "max logit diff", "speed", "first token", "keys and values")
+SERVED_FOOTNOTE = """\
+Same greedy tokens: before the first of each prompt that differs. Max logit diff: after each prompt, less the mean.
+Speed: by the tokens that were asked for. First token: the median; generate gives all at the end. Keys and values: the
+most that was held, of pages those in use."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,40 @@ class ShardedResult:
         )
 
 
+@dataclass(frozen=True)
+class ServedResult:
+    """One line of the fourth table: a way to complete several prompts at once, against the first.
+
+    Attributes:
+        new_tokens, same_tokens: of all prompts; the same are those before the first of each that differs.
+        logit_difference, problems: as in `Result`, of the logits after each prompt.
+        tokens_per_second: all that were asked for, by the time until the last was there.
+        first_token_ms: until a prompt had its first token, by the median; None if all come at the end.
+        kv_kib: of keys and values, the most that was held.
+    """
+
+    stack: str
+    new_tokens: int
+    same_tokens: int
+    logit_difference: float
+    problems: tuple[str, ...]
+    tokens_per_second: float
+    first_token_ms: float | None
+    kv_kib: float
+
+    def cells(self, first: ServedResult) -> tuple[str, ...]:
+        """The line as text."""
+        same = "yes" if self.same_tokens == self.new_tokens else f"{self.same_tokens} of {self.new_tokens}"
+        ratio = "" if self is first else f" ({self.tokens_per_second / first.tokens_per_second:.1f}x)"
+        return (
+            self.stack,
+            *(("-", "-") if self is first else (same, f"{self.logit_difference:.1e}")),
+            f"{self.tokens_per_second:.1f} tokens/s{ratio}",
+            "-" if self.first_token_ms is None else f"{self.first_token_ms:.0f} ms",
+            _amount("{:.0f} KiB", self.kv_kib, first.kv_kib),
+        )
+
+
 def _same(result: Result | DecodeResult | ShardedResult) -> str:
     same, of = result.same_tokens, result.new_tokens
     return "yes" if same == of else f"first {same} of {of}"
@@ -148,12 +188,14 @@ class Report:
     code: str
     sharded_title: str = ""
     sharded_results: tuple[ShardedResult, ...] = ()
+    served_title: str = ""
+    served_results: tuple[ServedResult, ...] = ()
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What is beyond the tolerance, in all rows; empty if every stack gave the same model."""
-        results: tuple[Result | DecodeResult | ShardedResult, ...]
-        results = (*self.results, *self.decode_results, *self.sharded_results)
+        results: tuple[Result | DecodeResult | ShardedResult | ServedResult, ...]
+        results = (*self.results, *self.decode_results, *self.sharded_results, *self.served_results)
         return tuple(problem for result in results for problem in result.problems)
 
     def __str__(self) -> str:
@@ -169,6 +211,9 @@ class Report:
         if self.sharded_results:
             shards = [line.cells(self.sharded_results[0]) for line in self.sharded_results]
             parts += [self.sharded_title, _table(SHARDED_HEADINGS, shards), SHARDED_FOOTNOTE]
+        if self.served_results:
+            served = [line.cells(self.served_results[0]) for line in self.served_results]
+            parts += [self.served_title, _table(SERVED_HEADINGS, served), SERVED_FOOTNOTE]
         parts += ["\n".join(f"NOT THE SAME: {problem}" for problem in self.problems), self.explanation, self.code]
         return "\n\n".join(part for part in parts if part)
 

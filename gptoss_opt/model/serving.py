@@ -53,6 +53,12 @@ def reads_pages(model: nn.Module) -> bool:
     return str(cast(Any, model).config._attn_implementation).startswith(KEY.format(""))
 
 
+def check_reads_pages(model: nn.Module) -> None:
+    """Raise `ValueError` if attention reads no pages."""
+    if not reads_pages(model):
+        raise ValueError("attention reads no pages: with_flash_attention was taken off a model that is served.")
+
+
 def kinds_of_layers(model: nn.Module) -> dict[str, tuple[tuple[int, ...], int | None]]:
     """By kind of layer: their numbers, and their window."""
     found: dict[str, list[Any]] = {}

@@ -10,9 +10,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..core import CompatibilityError, stack_of, undo
+from ..core import CompatibilityError
 from ..model import serving
-from ..wrappers.flash_attention import with_flash_attention
+from . import served
 from .build import build_engine
 from .prompts import Limits, Prompt
 from .request import GenerationError, Request
@@ -70,12 +70,7 @@ class ContinuousBatcher:
         if problems := [f"ContinuousBatcher: {reason}" for reason in serving.why_not_served(model)]:
             raise CompatibilityError(problems)
         self.model = model
-        self._attached = not serving.reads_pages(model)
-        if self._attached:
-            with_flash_attention(model)
-        self._training = [module for module in model.modules() if module.training]
-        for module in self._training:
-            module.training = False
+        served.take(model, self)
         try:
             engine = build_engine(
                 model,
@@ -87,7 +82,7 @@ class ContinuousBatcher:
                 cuda_graphs=cuda_graphs,
             )
         except BaseException:
-            self._restore()
+            served.let_go(model, self)
             raise
         self._stepper = Stepper(engine)
         self._limits = Limits(
@@ -126,26 +121,13 @@ class ContinuousBatcher:
             GenerationError: one could not be completed; the others were, and are in its `results`.
         """
         stepper = self._stepper
-        stepper.check_open()
-        alone = not stepper.in_background
         if not stepper.leads:
-            if not alone:
+            if stepper.in_background:
                 raise RuntimeError(FOLLOWS)
-            failed, result = stepper.engine.follow()
-            if failed:
-                raise result
-            return list(result)
-        failed, result = True, None
-        try:
-            result = self._generate(prompts, generation_config, tokenizer, progress, return_exceptions, options)
-            failed = False
-        except BaseException as error:
-            result = error
-            raise
-        finally:
-            if alone:
-                stepper.engine.dismiss((failed, result))
-        return result
+            return stepper.follow()
+        return stepper.lead(
+            partial(self._generate, prompts, generation_config, tokenizer, progress, return_exceptions, options)
+        )
 
     def submit(
         self,
@@ -172,7 +154,8 @@ class ContinuousBatcher:
             logprobs: of how many of the likeliest tokens to give log-probabilities, beside the chosen one's.
             options: fields of `GenerationConfig`, before those of `generation_config`: `max_new_tokens`, `do_sample`,
                 `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens`, `eos_token_id`,
-                `stop_strings`, `num_return_sequences`. A temperature, top-k, top-p or min-p turns sampling on.
+                `stop_strings`, `num_return_sequences`. A temperature, top-k, top-p or min-p turns sampling on; an
+                `eos_token_id` of -1 lets nothing end it but its length.
 
         Returns:
             The request; with `num_return_sequences` the first of `request.completions`.
@@ -199,6 +182,10 @@ class ContinuousBatcher:
         """Make one step in this thread; False if there was nothing to do, or a thread of the batcher makes them."""
         return self._stepper.step()
 
+    def clear_prefixes(self) -> None:
+        """Use nothing again of what was computed until now. To be called after the weights have changed."""
+        self._stepper.forget()
+
     def stats(self) -> Stats:
         """The work so far. Prints as a table."""
         return self._stepper.engine.stats()
@@ -220,15 +207,10 @@ class ContinuousBatcher:
         return f"<ContinuousBatcher on {type(self.model).__name__}: {state}>"
 
     def _close(self, *, wait: bool) -> None:
-        self._stepper.close(GenerationError("the batcher was closed"), wait=wait)
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._attached and with_flash_attention() in stack_of(self.model):
-            undo(self.model, with_flash_attention)
-        for module in self._training:
-            module.training = True
-        self._attached, self._training = False, []
+        try:
+            self._stepper.close(GenerationError("the batcher was closed"), wait=wait)
+        finally:
+            served.let_go(self.model, self)
 
     def _generate(
         self,
@@ -244,21 +226,19 @@ class ContinuousBatcher:
         configs = config if isinstance(config, list | tuple) else [config] * len(prompts)
         if len(configs) != len(prompts):
             raise ValueError(f"{len(configs)} configs for {len(prompts)} prompts: give one for all, or one for each.")
-        made: list[list[Request] | ValueError] = []
+        made: list[list[Request] | list[ValueError]] = []
         for number, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
-            made.append(self._requests_or_error(number, prompt, one, tokenizer, options))
-            if isinstance(made[-1], ValueError) and not return_exceptions:
-                raise made[-1]
-        requests = [request for one in made if isinstance(one, list) for request in one]
+            made.append(self._requests_or_errors(number, prompt, one, tokenizer, options))
+            if isinstance(made[-1][0], ValueError) and not return_exceptions:
+                raise made[-1][0]
+        requests = [request for some in made for request in some if isinstance(request, Request)]
         try:
             self._stepper.send(requests, _decode_of(tokenizer))
             self._watch(requests, progress)
         finally:
             for request in requests:
                 request.cancel()
-        results: list[Any] = []
-        for one in made:
-            results += [_result_of(request, tokenizer) for request in one] if isinstance(one, list) else [one]
+        results = [_result_of(one, tokenizer) for some in made for one in some]
         failed = [result for result in results if isinstance(result, GenerationError)]
         if failed and not return_exceptions:
             error = GenerationError(f"{len(failed)} of {len(results)} could not be completed: {failed[0]}")
@@ -266,13 +246,15 @@ class ContinuousBatcher:
             raise error from failed[0]
         return results
 
-    def _requests_or_error(
+    def _requests_or_errors(
         self, number: int, prompt: Prompt, config: GenerationConfig | None, tokenizer: Any, options: dict[str, Any]
-    ) -> list[Request] | ValueError:
+    ) -> list[Request] | list[ValueError]:
+        """The requests of a prompt, or as many times what is wrong with it."""
         try:
             return self._limits.requests(prompt, config, tokenizer, options, self._stepper.step)
         except ValueError as error:
-            return ValueError(f"prompt {number}: {error}")
+            several = options.get("num_return_sequences") or getattr(config, "num_return_sequences", None)
+            return [ValueError(f"prompt {number}: {error}")] * (several if isinstance(several, int) else 1)
 
     def _watch(self, requests: Sequence[Request], progress: bool) -> None:
         """Wait for requests, with a bar."""
@@ -282,7 +264,7 @@ class ContinuousBatcher:
                 if not self.step():
                     going[0].wait(0.1)
                 left = [request for request in going if not request.done]
-                bar.set_postfix_str(f"{self.stats().tokens_out_per_second:.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"{self._stepper.engine.counts.tokens_out_per_second:.0f} tokens/s", refresh=False)
                 bar.update(len(going) - len(left))
                 going = left
 
@@ -315,7 +297,9 @@ def _decode_of(tokenizer: Any) -> Decode | None:
     return partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _result_of(request: Request, tokenizer: Any) -> Any:
+def _result_of(request: Request | ValueError, tokenizer: Any) -> Any:
+    if isinstance(request, ValueError):
+        return request
     try:
         tokens = request.result()
     except GenerationError as error:

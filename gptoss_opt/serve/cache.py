@@ -11,7 +11,9 @@ back as there are sliding layers, and what is computed on the way is kept out of
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
+from collections.abc import Iterable
 from collections.abc import Sequence as Tuples
 from dataclasses import dataclass
 
@@ -160,6 +162,13 @@ class Cache:
             sequence.num_remembered[g] = max(sequence.num_remembered[g], whole)
             if group.window is not None:
                 self._release(table, group.oldest_seen(sequence.num_computed) // size)
+
+    def forget(self, running: Iterable[Sequence]) -> None:
+        """Use nothing again of what was computed until now, or will be by sequences that run."""
+        self.pages.forget()
+        self.being_computed.clear()
+        for sequence in running:
+            sequence.num_remembered = [sys.maxsize] * len(self.groups)
 
     def release(self, sequence: Sequence) -> None:
         """Give all its pages back; it has nothing then."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from ..distributed import ModelMesh
 from .batch import Batch
@@ -17,6 +20,21 @@ from .stats import Counts, Stats, percentiles
 
 NOTHING = "nothing to do"
 """Sent to the other ranks now and then, so that none gives up waiting."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the first rank tells the others at the end of a call.
+
+    Attributes:
+        result: of the call.
+        error: what it raises instead, or None.
+        closed: whether nothing can be computed any more.
+    """
+
+    result: Any = None
+    error: BaseException | None = None
+    closed: bool = False
 
 
 class Engine:
@@ -44,6 +62,7 @@ class Engine:
         self.requests: dict[Sequence, Request] = {}
         self.decoders: dict[Request, Callable[[list[int]], str]] = {}
         self.counts = Counts()
+        self._meets = True  # whether the ranks still meet
 
     def add(self, request: Request, decode: Callable[[list[int]], str] | None = None) -> None:
         """Take a request in; `decode` makes text of ids, for stop strings."""
@@ -75,28 +94,28 @@ class Engine:
         return True
 
     def fail(self, error: BaseException) -> None:
-        """End all requests with an error."""
-        for sequence in list(self.requests):
-            self._end(sequence, "error", error)
-
-    def interrupt(self) -> None:
-        """A step was broken off: all sequences begin anew, with the tokens they have."""
-        self.scheduler.preempt_all()
+        """End all requests with an error. Nothing can be computed after."""
+        requests, self.requests = list(self.requests.values()), {}
+        for request in requests:
+            request.end("error", error)
+        self.decoders.clear()
+        self.scheduler.clear()
 
     def stats(self) -> Stats:
         """The work so far."""
         scheduler, pages, counts = self.scheduler, self.scheduler.cache.pages, self.counts
-        seconds, graphs = counts.seconds or float("inf"), self.runner.graphs
+        graphs = self.runner.graphs
         return Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             finished=counts.finished,
             tokens_in=counts.tokens_in,
             tokens_out=counts.tokens_out,
-            tokens_in_per_second=counts.tokens_in / seconds,
-            tokens_out_per_second=counts.tokens_out / seconds,
+            tokens_in_per_second=counts.tokens_in_per_second,
+            tokens_out_per_second=counts.tokens_out_per_second,
             num_steps=counts.num_steps,
             pages_used=pages.num_used,
+            most_pages_used=scheduler.most_pages_used,
             num_pages=pages.num_pages,
             kv_bytes=pages.num_pages * self.bytes_of_page,
             prefix_tokens=scheduler.num_shared,
@@ -110,26 +129,33 @@ class Engine:
         """Tell the other ranks that there is nothing to do."""
         self._tell(NOTHING)
 
-    def dismiss(self, result: Any = None) -> None:
+    def dismiss(self, answer: Answer) -> None:
         """Let the other ranks return from `follow`, with this."""
-        self._tell((result,))
+        self._tell(answer)
 
-    def follow(self) -> Any:
+    def follow(self) -> Answer:
         """On another rank than the first: compute what it says, until it dismisses."""
         assert self.mesh is not None
         while True:
             said = self.mesh.from_first(None)
-            if isinstance(said, tuple):
-                return said[0]
+            if isinstance(said, Answer):
+                return said
             if isinstance(said, Batch):
-                self.runner.run(said)
+                self._compute(said)
 
-    def _run(self, batch: Batch) -> Any:
+    def _run(self, batch: Batch) -> Tensor:
         self._tell(batch)
-        return self.runner.run(batch)
+        return self._compute(batch)
+
+    def _compute(self, batch: Batch) -> Tensor:
+        # If it fails on one rank, the others wait within it: nothing more can be said to them.
+        met, self._meets = self._meets, False
+        logits = self.runner.run(batch)
+        self._meets = met
+        return logits
 
     def _tell(self, said: Any) -> None:
-        if self.mesh is not None:
+        if self.mesh is not None and self._meets:
             self.mesh.from_first(said)
 
     def _draw_of(self, sequence: Sequence) -> Draw:
@@ -145,25 +171,33 @@ class Engine:
             )
             self._end(sequence, "error", GenerationError(message, list(request.tokens)))
             return
+        try:
+            reason = self._reason_to_stop(request, drawn.token)
+        except Exception as failed:
+            error = GenerationError(f"the tokenizer failed on the new token: {failed!r}", list(request.tokens))
+            self._end(sequence, "error", error)
+            return
         sequence.tokens.append(drawn.token)
-        reason = self._reason_to_stop(request, drawn.token)
         if reason is not None:
             self._forget(sequence)
         request.push(drawn, reason)
         self.counts.token(request.times, request.submitted)
 
     def _reason_to_stop(self, request: Request, token: int) -> str | None:
-        options, made = request.options, len(request.tokens) + 1
-        if made >= options.min_new_tokens:
-            if token in options.stop_token_ids:
-                return "stop"
-            if options.stop_strings:
-                # Each token of a text is a byte at least, so that no more of them can make up the string.
-                most = max(len(one.encode()) for one in options.stop_strings)
-                text = self.decoders[request]([*request.tokens, token][-most - 1 :])
-                if any(one in text for one in options.stop_strings):
-                    return "stop"
-        return "length" if made == options.max_new_tokens else None
+        options, tokens = request.options, [*request.tokens, token]
+        if token in options.stop_token_ids or self._ends_in_a_stop_string(request, tokens):
+            return "stop"
+        return "length" if len(tokens) == options.max_new_tokens else None
+
+    def _ends_in_a_stop_string(self, request: Request, tokens: list[int]) -> bool:
+        strings = request.options.stop_strings
+        if not strings:
+            return False
+        # As a rule a token is a byte of text at least; those that are none must not push the beginning out of sight.
+        longest = count = max(len(one.encode()) for one in strings) + 1
+        while len(text := self.decoders[request](tokens[-count:])) < longest and count < len(tokens):
+            count *= 2
+        return any(one in text for one in strings)
 
     def _end(self, sequence: Sequence, reason: str, error: BaseException | None = None) -> None:
         request = self.requests[sequence]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from transformers import GenerationConfig
 
 SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
 """Fields that shape the distribution, with the values that `generate` takes where nothing is said."""
+
+SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max
 
 READ = (
     *SAMPLING,
@@ -31,6 +36,7 @@ WITHOUT_EFFECT = (
     "transformers_version",
     "use_cache",
     "cache_implementation",
+    "prefill_chunk_size",
     "disable_compile",
     "return_dict_in_generate",
 )
@@ -40,16 +46,36 @@ NEUTRAL: Mapping[str, Any] = {
     "num_beam_groups": 1,
     "length_penalty": 1.0,
     "typical_p": 1.0,
+    "guidance_scale": 1.0,
     "encoder_repetition_penalty": 1.0,
     "diversity_penalty": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
     "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
     "num_assistant_tokens_schedule": "constant",
     "num_assistant_tokens": 20,
     "assistant_confidence_threshold": 0.4,
     "assistant_lookbehind": 10,
     "target_lookbehind": 10,
 }
-"""Values of fields that are not implemented under which they do nothing. None, False and 0 are such for all."""
+"""Values of fields that are not implemented under which they do nothing. None, False and nothing are such for all."""
+
+RANGES: Mapping[str, tuple[Any, float, float, str]] = {
+    "max_new_tokens": (Integral, 1, math.inf, "a whole number of at least 1"),
+    "max_length": (Integral, 1, math.inf, "a whole number of at least 1"),
+    "min_new_tokens": (Integral, 0, math.inf, "a whole number of at least 0"),
+    "num_return_sequences": (Integral, 1, math.inf, "a whole number of at least 1"),
+    "logprobs": (Integral, 0, math.inf, "a whole number of at least 0"),
+    "seed": (Integral, -math.inf, math.inf, "a whole number"),
+    "temperature": (Real, 0, LARGEST, "a number of at least 0 (0 is greedy)"),
+    "top_k": (Integral, 0, math.inf, "a whole number of at least 0 (0 is off)"),
+    "top_p": (Real, SMALLEST, 1, "a number above 0, up to 1"),
+    "min_p": (Real, 0, 1, "a number from 0 to 1"),
+    "repetition_penalty": (Real, SMALLEST, LARGEST, "a number above 0"),
+}
+"""Of the fields that are numbers: kind, least, most, and that in words."""
 
 
 @dataclass(frozen=True)
@@ -115,61 +141,47 @@ class Options:
         Raises:
             ValueError: naming the field, if it has no such value, or is not implemented.
         """
-        given = {**_said(config), **{name: value for name, value in fields.items() if value is not None}}
         if unknown := sorted(set(fields) - set(vars(of_model))):
             raise ValueError(f"GenerationConfig has no field {', '.join(map(repr, unknown))}.")
+        given = {**_said(config), **{name: value for name, value in fields.items() if value is not None}}
         said = {**_said(of_model), **given}
-        if refused := [name for name in said if not _implemented(name, said[name])]:
-            values = ", ".join(f"{name}={said[name]!r}" for name in refused)
-            raise ValueError(f"ContinuousBatcher does not implement {values}. Leave it out, or use model.generate.")
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        stop = said.get("eos_token_id") or ()
+        _check({**said, "seed": seed, "logprobs": logprobs})
         options = cls(
             max_new_tokens=_max_new_tokens(prompt_length, given, said),
-            min_new_tokens=said.get("min_new_tokens") or 0,
-            stop_token_ids=frozenset([stop] if isinstance(stop, int) else stop) | frozenset(stop_token_ids),
+            min_new_tokens=int(said.get("min_new_tokens") or 0),
+            stop_token_ids=_ids("eos_token_id", said.get("eos_token_id")) | _ids("stop_token_ids", stop_token_ids),
             stop_strings=_strings(said.get("stop_strings")),
             sampling=_sampling(given, said),
-            seed=seed,
-            logprobs=logprobs,
-            num_return_sequences=said.get("num_return_sequences") or 1,
+            seed=int(torch.randint(2**62, ())) if seed is None else int(seed),
+            logprobs=None if logprobs is None else int(logprobs),
+            num_return_sequences=int(said.get("num_return_sequences") or 1),
         )
-        options._check()
-        return options
-
-    def _check(self) -> None:
-        sampling = self.sampling
-        wrong = {
-            "max_new_tokens": self.max_new_tokens < 1,
-            "min_new_tokens": not 0 <= self.min_new_tokens <= self.max_new_tokens,
-            "num_return_sequences": self.num_return_sequences < 1,
-            "logprobs": self.logprobs is not None and self.logprobs < 0,
-            "temperature": not sampling.greedy and not (sampling.temperature or 0) > 0,
-            "top_k": (sampling.top_k or 0) < 0,
-            "top_p": not 0 < (1 if sampling.top_p is None else sampling.top_p) <= 1,
-            "min_p": not 0 <= (sampling.min_p or 0) <= 1,
-            "repetition_penalty": not (1 if sampling.repetition_penalty is None else sampling.repetition_penalty) > 0,
-        }
-        ranges = {
-            "max_new_tokens": "at least 1",
-            "min_new_tokens": "from 0 to max_new_tokens",
-            "num_return_sequences": "at least 1",
-            "logprobs": "at least 0",
-            "temperature": "above 0 (0 is greedy)",
-            "top_k": "at least 0 (0 is off)",
-            "top_p": "above 0, up to 1",
-            "min_p": "from 0 to 1",
-            "repetition_penalty": "above 0",
-        }
-        for name in (name for name, bad in wrong.items() if bad):
-            value = getattr(self, name) if hasattr(self, name) else getattr(sampling, name)
-            raise ValueError(f"{name} is {value!r}, and must be {ranges[name]}.")
-        if self.num_return_sequences > 1 and sampling.greedy:
+        if options.min_new_tokens > options.max_new_tokens:
             raise ValueError(
-                f"num_return_sequences is {self.num_return_sequences}, and greedy completions of one prompt are all "
+                f"min_new_tokens is {options.min_new_tokens}, more than max_new_tokens, {options.max_new_tokens}. "
+                "Lower it."
+            )
+        if options.num_return_sequences > 1 and options.sampling.greedy:
+            raise ValueError(
+                f"num_return_sequences is {options.num_return_sequences}, and greedy completions of one prompt are all "
                 "the same. Sample them: do_sample=True."
             )
+        return options
+
+
+def _check(said: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what is not implemented, and for numbers that are none or out of range."""
+    if refused := [name for name in said if name not in RANGES and not _implemented(name, said[name])]:
+        values = ", ".join(f"{name}={said[name]!r}" for name in refused)
+        raise ValueError(f"ContinuousBatcher does not implement {values}. Leave it out, or use model.generate.")
+    for name, (kind, least, most, words) in RANGES.items():
+        value = said.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}, and must be {words}.")
+    if not isinstance(said.get("do_sample", False), bool):
+        raise ValueError(f"do_sample is {said['do_sample']!r}, and must be True or False.")
 
 
 def _said(config: GenerationConfig | None) -> dict[str, Any]:
@@ -182,7 +194,20 @@ def _said(config: GenerationConfig | None) -> dict[str, Any]:
 
 
 def _implemented(name: str, value: Any) -> bool:
-    return name in READ or name in WITHOUT_EFFECT or not value or NEUTRAL.get(name) == value
+    nothing = value is False or (hasattr(value, "__len__") and not len(value))
+    return name in READ or name in WITHOUT_EFFECT or nothing or NEUTRAL.get(name) == value
+
+
+def _ids(name: str, value: Any) -> frozenset[int]:
+    """One id or several, from numbers, lists or tensors. Raises `ValueError`."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    several = [] if value is None else [value] if isinstance(value, Integral) else value
+    if isinstance(several, str | bytes) or not isinstance(several, Iterable):
+        raise ValueError(f"{name} is {value!r}, and must be a token id, or several.")
+    several = list(several)
+    if any(isinstance(one, bool) or not isinstance(one, Integral) for one in several):
+        raise ValueError(f"{name} is {value!r}, and must be a token id, or several.")
+    return frozenset(map(int, several))
 
 
 def _max_new_tokens(prompt_length: int, given: Mapping[str, Any], said: Mapping[str, Any]) -> int:
@@ -214,7 +239,7 @@ def _sampling(given: Mapping[str, Any], said: Mapping[str, Any]) -> Sampling:
     asked = any(given.get(name) is not None for name in SAMPLING)
     sample = given.get("do_sample", True if asked else said.get("do_sample", False))
     values = {name: said.get(name, default) for name, default in SAMPLING.items()}
-    if not sample or values["temperature"] == 0:
+    if not sample or not values["temperature"]:
         return Sampling(repetition_penalty=penalty)
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     return Sampling(

@@ -80,6 +80,11 @@ class Pages:
             if self._keys[page] is None:
                 self._free.move_to_end(page, last=False)
 
+    def forget(self) -> None:
+        """Find nothing again of what the pages hold now."""
+        self._keys = [None] * len(self.users)
+        self._page_of.clear()
+
     def _forget(self, page: int) -> None:
         key, self._keys[page] = self._keys[page], None
         if key is not None:

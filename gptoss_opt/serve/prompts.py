@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -49,8 +49,9 @@ class Limits:
         chosen = Options.of(len(ids), self.of_model, config, **options)
         if chosen.stop_strings and tokenizer is None:
             raise ValueError("stop_strings are texts: give a tokenizer.")
-        if wrong := [one for one in sorted(chosen.stop_token_ids) if not 0 <= one < self.vocabulary]:
-            raise ValueError(f"stop_token_ids hold {wrong[0]}, and the model has ids from 0 to {self.vocabulary - 1}.")
+        # An id that the model does not have, such as -1, is the usual way to say that nothing ends it.
+        within = frozenset(one for one in chosen.stop_token_ids if 0 <= one < self.vocabulary)
+        chosen = replace(chosen, stop_token_ids=within)
         wanted = len(ids) + chosen.max_new_tokens
         if wanted > self.most_tokens:
             raise ValueError(
@@ -65,9 +66,9 @@ class Limits:
         return requests
 
     def _ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, torch.Tensor):
+        if hasattr(prompt, "tolist"):  # a tensor, or an array
             prompt = prompt.tolist()
-        if not isinstance(prompt, Sequence) or not all(map(_is_id, prompt)):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not all(map(_is_id, prompt)):
             raise ValueError(f"a prompt is a list of token ids, not {_short(prompt)}.")
         if not prompt:
             raise ValueError("the prompt is empty: give one token at least, such as the model's bos_token_id.")

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from .options import Options
@@ -49,6 +50,7 @@ class Request:
         logprobs: one for each of them, if asked for.
         finish_reason: "stop" (a stop token or string), "length", "cancelled" or "error"; None while it goes on.
         error: what went wrong, or None.
+        submitted, times: when it was submitted and when each token came, by `time.perf_counter`.
         completions: all requests of the same prompt (`num_return_sequences` of them).
     """
 
@@ -116,7 +118,8 @@ class Request:
         loop, changed, given = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def wake() -> None:
-            if not loop.is_closed():
+            # Whoever made the loop may have closed it meanwhile.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(changed.set)
 
         with self._changed:
@@ -153,10 +156,9 @@ class Request:
         return self.done
 
     def _raise_if_failed(self) -> None:
-        if isinstance(self.error, GenerationError):
-            raise self.error
         if self.error is not None:
-            raise GenerationError(f"the step failed: {self.error!r}", self.tokens) from self.error
+            what = str(self.error) if isinstance(self.error, GenerationError) else f"the step failed: {self.error!r}"
+            raise GenerationError(what, list(self.tokens)) from self.error
 
     def push(self, drawn: Drawn, finish_reason: str | None) -> None:
         """One more token, by the batcher; with why it was the last, if it was."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import memory
 from ..kernels.attention import Paged, choose_backend
-from ..model.serving import KeyShape, packed_forward
+from ..model.serving import KeyShape, check_reads_pages, packed_forward
 from .batch import Batch
 from .cache import Group
 from .graphs import DecodeGraphs, Run
@@ -31,6 +31,7 @@ class Runner:
         capture: how steps in which all decode are captured, if they are: see `DecodeGraphs`.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -58,9 +59,11 @@ class Runner:
         self.backend = choose_backend(shape.device.type, shape.dtype, shape.head_dim)
         self.graphs = None if capture is None else DecodeGraphs(self.forward, max_num_sequences, capture)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, batch: Batch) -> Tensor:
         """The logits [S, V] after the tokens that are to be sampled after."""
+        check_reads_pages(self.model)
         inputs = self.tables.inputs(batch)
         if self.graphs is not None and not batch.chunks:
             return self.graphs.run(inputs)

@@ -102,7 +102,8 @@ def candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     Temperature, then top-k, then top-p (Holtzman et al. 2019), then min-p (Nguyen et al. 2024): as transformers has it.
     """
     assert sampling.temperature is not None
-    ids, scores = None, scores / sampling.temperature
+    # The likeliest at zero: whatever the temperature, nothing overflows.
+    ids, scores = None, (scores - scores.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
         scores, ids = scores.topk(sampling.top_k)
     elif sampling.top_p is not None:

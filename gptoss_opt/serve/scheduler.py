@@ -59,6 +59,7 @@ class Scheduler:
         max_num_sequences: how many run at once.
         max_batch_tokens: how many tokens a step computes.
         num_preemptions: how often a sequence had to give its pages back.
+        most_pages_used: at any time.
         num_shared: tokens that were not computed, as another sequence had done so.
     """
 
@@ -68,6 +69,7 @@ class Scheduler:
     waiting: list[Sequence] = field(default_factory=list[Sequence])
     running: list[Sequence] = field(default_factory=list[Sequence])
     num_preemptions: int = 0
+    most_pages_used: int = 0
     num_shared: int = 0
 
     def __post_init__(self) -> None:
@@ -125,12 +127,14 @@ class Scheduler:
                 break
             works.append(Work(sequence, fits))
         # The last token of a prompt's chunk is one that decodes, to all that comes after.
+        self.most_pages_used = max(self.most_pages_used, self.cache.pages.num_used)
         return sorted(works, key=_is_chunk)
 
-    def preempt_all(self) -> None:
-        """Take the pages of all back; they wait for their turn again."""
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self.waiting.clear()
         for sequence in list(self.running):
-            self._preempt(sequence)
+            self._stop(sequence)
 
     def advance(self, work: Work) -> None:
         """It is computed."""
@@ -139,7 +143,8 @@ class Scheduler:
     def _next_to_begin(self, num_tokens: int) -> dict[Sequence, int]:
         """Those that may begin next, about as many as have so many tokens, and how many each has to compute."""
         found: dict[Sequence, int] = {}
-        for sequence in self.waiting:
+        # Those that wait for a prefix count as well, so that thousands of them need not be looked at.
+        for sequence in self.waiting[: 2 * self.max_num_sequences]:
             if len(found) == len(self._rows) or sum(found.values()) >= num_tokens:
                 break
             if (prefix := self.cache.prefix_of(sequence)) is not None:

@@ -24,7 +24,7 @@ class Stats:
         tokens_in, tokens_out: computed tokens of prompts, and generated ones.
         tokens_in_per_second, tokens_out_per_second: the same by the time spent in steps.
         num_steps: forwards of the model.
-        pages_used, num_pages: of key/value memory.
+        pages_used, most_pages_used, num_pages: of key/value memory, now, at the most, and all.
         kv_bytes: that all pages take.
         prefix_tokens: tokens that were not computed, as another sequence had done so.
         preemptions: how often a sequence had to give its pages back.
@@ -42,6 +42,7 @@ class Stats:
     tokens_out_per_second: float
     num_steps: int
     pages_used: int
+    most_pages_used: int
     num_pages: int
     kv_bytes: int
     prefix_tokens: int
@@ -82,6 +83,16 @@ class Counts:
     seconds: float = 0.0
     first: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
     between: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
+
+    @property
+    def tokens_in_per_second(self) -> float:
+        """By the time spent in steps."""
+        return self.tokens_in / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_out_per_second(self) -> float:
+        """By the time spent in steps."""
+        return self.tokens_out / self.seconds if self.seconds else 0.0
 
     def token(self, times: list[float], submitted: float) -> None:
         """One more token of a request, by the times of all it has."""

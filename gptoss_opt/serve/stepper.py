@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from .engine import Engine
+from .engine import Answer, Engine
 from .request import GenerationError, Request
 
 HEARTBEAT = 10.0
@@ -25,6 +28,7 @@ class Stepper:
         self.engine = engine
         self.closed: BaseException | None = None
         self._stepping = threading.Lock()
+        self._maker: int | None = None  # the thread that holds it
         self._news = threading.Condition()  # of what is below
         self._inbox: list[tuple[Request, Decode | None]] = []
         self._thread: threading.Thread | None = None
@@ -49,12 +53,19 @@ class Stepper:
         """Let requests be completed. From any thread."""
         with self._news:
             self.check_open()
+            if self._stopping:
+                raise GenerationError("the batcher is being closed. Make another.")
             self._inbox += [(request, decode) for request in requests]
             self._news.notify_all()
 
     def step(self) -> bool:
         """Make a step; False if there was nothing to do, or it is the thread's to make."""
         return not self.in_background and self._step()
+
+    def forget(self) -> None:
+        """Between two steps, forget what the pages hold."""
+        with self._stepping:
+            self.engine.scheduler.cache.forget(self.engine.scheduler.running)
 
     def start(self) -> None:
         """Let a thread make the steps; on other ranks than the first, it follows."""
@@ -64,9 +75,44 @@ class Stepper:
         self._thread = threading.Thread(target=self._loop if self.leads else self._follow, name="batcher", daemon=True)
         self._thread.start()
 
+    def lead(self, call: Callable[[], list[Any]]) -> list[Any]:
+        """What `call` returns, which other ranks get from `follow`, or its error."""
+        # Whatever closes this rank closes the others: none waits for an answer.
+        self.check_open()
+        answer = Answer()
+        try:
+            result = call()
+            answer = Answer(result)
+            return result
+        except BaseException as error:
+            answer = Answer(error=error, closed=self.closed is not None)
+            raise
+        finally:
+            if not self.in_background:
+                self.engine.dismiss(answer)
+
+    def follow(self) -> list[Any]:
+        """What the first rank's call returns; meanwhile, compute what it says."""
+        self.check_open()
+        try:
+            answer = self.engine.follow()
+        except BaseException as error:
+            self._fail(error)
+            raise GenerationError(f"the step failed: {error!r}") from error
+        if answer.error is not None:
+            if answer.closed:
+                self._fail(answer.error)
+            raise answer.error
+        return list(answer.result)
+
     def close(self, error: GenerationError, *, wait: bool) -> None:
-        """Take no more; what was sent comes to its end if asked to `wait`, else ends with the error."""
-        thread = self._thread
+        """Take no more; what was sent comes to its end if asked to `wait`, else ends with the error.
+
+        Raises `GenerationError` where this rank followed, and failed.
+        """
+        thread, me = self._thread, threading.get_ident()
+        if me == self._maker or (thread is not None and me == thread.ident):
+            raise RuntimeError("the batcher cannot be closed from within one of its steps.")
         with self._news:
             self._stopping = True
             self._news.notify_all()
@@ -74,34 +120,49 @@ class Stepper:
             thread.join()
         while wait and thread is None and self._step():
             pass
+        failed = self.closed
         self._fail(error)
-        if thread is not None and self.leads:
+        if thread is not None:
             thread.join()
-            self.engine.dismiss()
-        self._thread = None
+            self._thread = None
+            if self.leads:
+                self.engine.dismiss(Answer())
+            elif failed is not None:
+                self.check_open()
 
     def _step(self) -> bool:
-        with self._stepping:
-            with self._news:
-                if self.closed is not None:
-                    return False
-                arrived, self._inbox = self._inbox, []
-            for request, decode in arrived:
-                self.engine.add(request, decode)
-            try:
-                return self.engine.step()
-            except Exception as error:  # told to all who wait, and to whoever comes later
-                failed = error
-            except BaseException:
-                self.engine.interrupt()
-                raise
-        self._fail(failed)
-        return False
+        with _interrupts_wait():
+            failed = None
+            with self._stepping:
+                self._maker = threading.get_ident()
+                try:
+                    return self._step_alone()
+                except BaseException as error:
+                    failed = error
+                finally:
+                    self._maker = None
+            # Told to all who wait, and to whoever comes later.
+            self._fail(failed)
+            if isinstance(failed, Exception):
+                return False
+            raise failed
+
+    def _step_alone(self) -> bool:
+        with self._news:
+            if self.closed is not None:
+                return False
+            arrived, self._inbox = self._inbox, []
+        for request, decode in arrived:
+            self.engine.add(request, decode)
+        return self.engine.step()
 
     def _loop(self) -> None:
         while self.closed is None:
-            if self._step():
-                continue
+            try:
+                if self._step():
+                    continue
+            except BaseException:  # told to all already
+                break
             with self._news:
                 if self._inbox:
                     continue
@@ -114,7 +175,7 @@ class Stepper:
     def _follow(self) -> None:
         try:
             self.engine.follow()
-        except Exception as error:
+        except BaseException as error:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -123,7 +184,29 @@ class Stepper:
             self.closed = self.closed or error
             arrived, self._inbox = self._inbox, []
             self._news.notify_all()
+        for request, _ in arrived:
+            request.end("error", error)
         with self._stepping:
-            for request, decode in arrived:
-                self.engine.add(request, decode)
             self.engine.fail(error)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C raises after this, not within, where it would leave things half done; a second one raises at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+
+    def note(number: int, frame: Any) -> None:
+        came.append((number, frame))
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])

@@ -69,3 +69,34 @@ def test_all_ranks_get_what_one_process_gets(ranks: Ranks, name: str) -> None:
     assert results[0]["submit"][4] != expected[0]
     # Each rank keeps the keys of its own heads.
     assert results[0]["heads"] == UNEVEN["num_key_value_heads"] // SPLITS[name](ranks.num_ranks)
+
+
+def failed(where: str) -> list[str]:
+    """What this rank is told when a step fails on all ranks, or when sampling does on the first."""
+    model = all_to_all(tiny_model(**UNEVEN))
+    batcher = ContinuousBatcher(model, max_num_sequences=3, max_batch_tokens=32, kv_memory=1 << 20)
+    engine = batcher._stepper.engine
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("it broke")
+
+    if where == "in the forward":
+        model.model.norm.register_forward_pre_hook(broken)
+    else:
+        engine._draw_of = broken
+    told = []
+    for _ in range(2):
+        with pytest.raises(GenerationError) as caught:
+            batcher.generate(PROMPTS, progress=False)
+        told.append(str(caught.value))
+    with pytest.raises(GenerationError, match="closed"), batcher:
+        pass
+    batcher.close()
+    return told
+
+
+@pytest.mark.parametrize("where", ["in the forward", "in the sampling"])
+def test_all_ranks_are_told_of_a_failure_and_closed(ranks: Ranks, where: str) -> None:
+    for first, second in ranks(failed, where):
+        assert "it broke" in first
+        assert "the batcher is closed" in second

@@ -181,13 +181,17 @@ def test_stops(serve: Serve, prompts: Prompts, expected: Prompts, tokenizer: Any
     cut = whole[: whole.index(stop) + 1]
     request = batcher.submit(prompts[2], max_new_tokens=NEW, stop_token_ids=[stop])
     assert (request.result(), request.finish_reason) == (cut, "stop")
+    request = batcher.submit(prompts[2], max_new_tokens=NEW, stop_token_ids=torch.tensor([stop, -1]), eos_token_id=-1)
+    assert (request.result(), request.finish_reason) == (cut, "stop")
     request = batcher.submit(prompts[2], GenerationConfig(max_new_tokens=NEW, eos_token_id=[stop, 99]))
     assert (request.result(), request.finish_reason) == (cut, "stop")
     later = batcher.submit(prompts[2], max_new_tokens=NEW, stop_token_ids=[stop], min_new_tokens=len(cut) + 1).result()
     assert later[: len(cut) - 1] == cut[:-1]
     assert later[len(cut) - 1] != stop
     text = tokenizer.decode(whole[4:7])
-    request = batcher.submit(prompts[2], max_new_tokens=NEW, stop_strings=["never", text], tokenizer=tokenizer)
+    request = batcher.submit(
+        prompts[2], max_new_tokens=NEW, min_new_tokens=9, stop_strings=["never", text], tokenizer=tokenizer
+    )
     assert tokenizer.decode(request.result()).endswith(text)
     assert (len(request.tokens), request.finish_reason) == (7, "stop")
     request = batcher.submit(prompts[2], max_new_tokens=5)
@@ -207,6 +211,8 @@ def test_the_models_own_config_is_where_options_come_from(serve: Serve, prompts:
     assert len(batcher.submit(prompts[0]).result()) == 7
     assert batcher.submit(prompts[0], do_sample=False).result() == expected[0][:7]
     assert batcher.submit(prompts[0], temperature=0).result() == expected[0][:7]
+    assert batcher.submit(prompts[0], temperature=1e-45, max_new_tokens=7).result() == expected[0][:7]
+    assert batcher.submit(prompts[0], do_sample=False, guidance_scale=1.0, num_beams=1).result() == expected[0][:7]
     configs = [GenerationConfig(max_new_tokens=n, do_sample=False) for n in (2, 3)]
     assert batcher.generate(prompts[:2], configs, progress=False) == [expected[0][:2], expected[1][:3]]
 
@@ -215,12 +221,19 @@ WRONG = {
     "num_beams": ({"num_beams": 4}, "does not implement num_beams=4"),
     "guidance_scale": ({"guidance_scale": 2.0}, "does not implement guidance_scale=2.0"),
     "no such field": ({"max_tokens": 4}, "GenerationConfig has no field 'max_tokens'"),
-    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0, and must be at least 1"),
+    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0, and must be a whole number of at least 1"),
     "max_length": ({"max_length": 3}, "max_length is 3, and the prompt has 3 tokens already"),
-    "temperature": ({"temperature": -1.0}, "temperature is -1.0, and must be above 0"),
-    "top_p": ({"top_p": 1.5}, "top_p is 1.5, and must be above 0, up to 1"),
+    "temperature": ({"temperature": -1.0}, "temperature is -1.0, and must be a number of at least 0"),
+    "top_p": ({"top_p": 1.5}, "top_p is 1.5, and must be a number above 0, up to 1"),
     "stop strings": ({"stop_strings": "x"}, "stop_strings are texts: give a tokenizer"),
-    "stop ids": ({"stop_token_ids": [128]}, "stop_token_ids hold 128, and the model has ids from 0 to 127"),
+    "stop ids": ({"stop_token_ids": [1.5]}, "stop_token_ids is .1.5., and must be a token id, or several"),
+    "part of a token": ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, and must be a whole number"),
+    "part of a rank": ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5, and must be a whole number"),
+    "part of a logprob": ({"logprobs": 2.5}, "logprobs is 2.5, and must be a whole number"),
+    "a word": ({"do_sample": "no"}, "do_sample is 'no', and must be True or False"),
+    "no end": ({"temperature": math.inf}, "temperature is inf, and must be a number"),
+    "zero that means something": ({"forced_eos_token_id": 0}, "does not implement forced_eos_token_id=0"),
+    "more than the most": ({"min_new_tokens": 30}, "min_new_tokens is 30, more than max_new_tokens, 20"),
     "greedy completions": ({"num_return_sequences": 2}, "greedy completions of one prompt are all the same"),
     "too long": ({"max_new_tokens": 200_000}, "more than the 131072 that the model allows"),
     "too many pages": ({"max_new_tokens": 100_000}, "100003 tokens need 6253 pages of 16 tokens, and there are 128"),
@@ -257,6 +270,15 @@ def test_prompts_that_are_none(prompt: Any, message: str, serve: Serve, prompts:
     good, bad = batcher.generate([prompts[0], prompt], max_new_tokens=NEW, progress=False, return_exceptions=True)
     assert good == expected[0]
     assert isinstance(bad, ValueError)
+    several = batcher.generate(
+        [prompt, prompts[0]],
+        max_new_tokens=2,
+        num_return_sequences=2,
+        do_sample=True,
+        progress=False,
+        return_exceptions=True,
+    )
+    assert [isinstance(one, ValueError) for one in several] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -300,6 +322,40 @@ def test_the_model_is_left_as_it_was(prompts: Prompts) -> None:
     assert dict(vars(model.config)) == before
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(one, state[name]) for name, one in model.state_dict().items())
+
+
+def test_two_batchers_on_one_model(prompts: Prompts, expected: Prompts) -> None:
+    model = tiny_model().train()
+    first, second = (ContinuousBatcher(model, kv_memory=1 << 20) for _ in range(2))
+    first.close()
+    assert second.generate(prompts[:2], max_new_tokens=NEW, progress=False) == expected[:2]
+    second.close()
+    assert model.training
+    assert not stack_of(model)
+
+
+def test_inside_inference_mode(prompts: Prompts, expected: Prompts) -> None:
+    with torch.inference_mode():
+        batcher = ContinuousBatcher(tiny_model(), kv_memory=1 << 20)
+        assert batcher.generate(prompts[:2], max_new_tokens=NEW, progress=False) == expected[:2]
+    with batcher:
+        assert batcher.submit(prompts[2], max_new_tokens=NEW).result(timeout=60) == expected[2]
+
+
+def test_weights_that_have_changed(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    model = tiny_model()
+    batcher = serve(model)
+    batcher.generate(prompts, max_new_tokens=NEW, progress=False)
+    going = batcher.submit(prompts[4], max_new_tokens=NEW)
+    batcher.step()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.neg_()
+    batcher.clear_prefixes()
+    going.result()
+    wanted = [alone(model, prompt) for prompt in prompts]
+    assert wanted != expected
+    assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == wanted
 
 
 @pytest.mark.parametrize("seed", [None, 5])

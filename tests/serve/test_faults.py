@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptoss_opt import ContinuousBatcher, GenerationError, stack_of
+from gptoss_opt import ContinuousBatcher, GenerationError, stack_of, undo, with_flash_attention
 from gptoss_opt.serve.graphs import DecodeGraphs
 from tests.helpers import ids, tiny_model
 from tests.serve.conftest import NEW
@@ -127,13 +129,89 @@ def test_an_interrupt_during_generate_leaves_the_batcher_usable(
     model = tiny_model()
     batcher = serve(model)
     steps = iter(range(1000))
-    failing(model, lambda: next(steps) == 5, KeyboardInterrupt())
+
+    def interrupt(*_: Any) -> None:
+        if next(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = model.model.norm.register_forward_pre_hook(interrupt)
     kept = batcher.submit(prompts[3], max_new_tokens=NEW)
     with pytest.raises(KeyboardInterrupt):
         batcher.generate(prompts, max_new_tokens=NEW, progress=False)
+    hook.remove()
     assert kept.result() == expected[3]
     assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == expected
     assert batcher.stats().pages_used == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_what_is_no_exception_ends_all_as_well(error: BaseException, serve: Serve, prompts: Prompts) -> None:
+    model = tiny_model()
+    failing(model, lambda: True, error)
+    with serve(model) as batcher:
+        request = batcher.submit(prompts[0])
+        with pytest.raises(GenerationError, match=type(error).__name__):
+            request.result(timeout=60)
+    batcher = serve(model)
+    request = batcher.submit(prompts[0])
+    with pytest.raises(type(error)):
+        batcher.step()
+    with pytest.raises(GenerationError, match=type(error).__name__):
+        request.result(timeout=60)
+
+
+def test_a_tokenizer_that_fails_ends_one_request(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    class Broken:
+        def decode(self, *_: Any, **__: Any) -> str:
+            raise KeyError("no such piece")
+
+    batcher = serve()
+    good = batcher.submit(prompts[0], max_new_tokens=NEW)
+    bad = batcher.submit(prompts[1], max_new_tokens=NEW, stop_strings="x", tokenizer=Broken())
+    with pytest.raises(GenerationError, match="the tokenizer failed on the new token: KeyError"):
+        bad.result()
+    assert good.result() == expected[0]
+
+
+def test_a_loop_that_is_gone_holds_nobody_up(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
+    async def first_of(request: Any) -> int:
+        stream = aiter(request)
+        left.append(stream)
+        return await anext(stream)
+
+    left: list[Any] = []
+    with serve() as batcher:
+        request = batcher.submit(prompts[0], max_new_tokens=NEW)
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(first_of(request)) == expected[0][0]
+        loop.close()  # the stream has not ended, and is still told of every token
+        assert request.result(timeout=60) == expected[0]
+
+
+def test_to_close_from_within_a_step_is_refused(serve: Serve, prompts: Prompts) -> None:
+    model = tiny_model()
+    with serve(model) as batcher:
+        hook = model.model.norm.register_forward_pre_hook(lambda *_: batcher.close())
+        with pytest.raises(GenerationError, match="cannot be closed from within one of its steps"):
+            batcher.submit(prompts[0]).result(timeout=60)
+        hook.remove()
+
+
+def test_attention_that_is_taken_off_meanwhile(serve: Serve, prompts: Prompts) -> None:
+    model = tiny_model()
+    batcher = serve(model)
+    undo(model, with_flash_attention)
+    with pytest.raises(GenerationError, match="with_flash_attention was taken off a model that is served"):
+        batcher.submit(prompts[0]).result()
+
+
+def test_a_model_that_is_cast_meanwhile(serve: Serve, prompts: Prompts) -> None:
+    model = tiny_model()
+    batcher = serve(model)
+    model.to(torch.bfloat16)
+    with pytest.raises(GenerationError, match="the pages hold torch.float32, and the new keys are torch.bfloat16"):
+        batcher.submit(prompts[0]).result()
 
 
 def test_logits_that_are_not_finite_end_one_request(serve: Serve, prompts: Prompts, expected: Prompts) -> None:

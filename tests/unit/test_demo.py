@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from gptoss_opt import cli, demo, load, with_flash_attention
-from gptoss_opt.demo import DECODE_ROWS, ROWS, WIDE, DemoError, Row, decode, run_demo
+from gptoss_opt import ContinuousBatcher, cli, demo, load, with_flash_attention
+from gptoss_opt.demo import DECODE_ROWS, ROWS, SERVE_ROWS, WIDE, DemoError, Row, decode, run_demo, serving
 from gptoss_opt.demo.measure import PeakMemory, compare
 from gptoss_opt.demo.sharded import SHARDED_ROWS
 from gptoss_opt.testing import random_checkpoint
@@ -39,6 +40,13 @@ def load_with_other_biases(*args: Any, **options: Any) -> Any:
     return model
 
 
+class Forgetful(ContinuousBatcher):
+    """A batcher that takes the last token of each prompt for another."""
+
+    def submit(self, prompt: Any, *args: Any, **options: Any) -> Any:
+        return super().submit([*prompt[:-1], 0], *args, **options)
+
+
 def frozen_sinks(model: Any) -> Any:
     for layer in model.model.layers:
         layer.self_attn.sinks.requires_grad_(False)
@@ -48,7 +56,7 @@ def frozen_sinks(model: Any) -> Any:
 def test_sharded_over_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for row in SHARDED_ROWS if row[0] == "both"]
     monkeypatch.setattr(demo, "SHARDED_ROWS", rows)
-    report = small_run(lengths=[8], rows=ROWS[:1], decode_rows=(), ranks=2)
+    report = small_run(lengths=[8], rows=ROWS[:1], decode_rows=(), serve_rows=(), ranks=2)
     assert report.problems == ()
     one, *sharded = report.sharded_results
     assert [line.stack for line in sharded] == ["both, 2 ranks"]
@@ -99,6 +107,67 @@ def test_experts_that_compute_something_else_are_found(monkeypatch: pytest.Monke
         assert f"NOT THE SAME: {report.problems[0]}" in str(report)
 
 
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_prompts_are_served_in_each_way(new_tokens: int) -> None:
+    report = small_run(dtype="float32", rows=ROWS[:1], lengths=[8], new_tokens=new_tokens, decode_rows=())
+    assert report.problems == ()
+    assert [line.stack for line in report.served_results] == [row.label for row in SERVE_ROWS]
+    static, *served = report.served_results
+    for line in report.served_results:
+        assert line.same_tokens == line.new_tokens == sum(serving.most_tokens(new_tokens))
+        assert line.logit_difference < 1e-4
+        assert line.tokens_per_second > 0
+    # Two layers of 2 x 2 heads of 16; the sliding one of generate holds 7 tokens, the other all of each row.
+    longest = max(map(len, serving.random_prompts(256, seed=0)))
+    assert static.kv_kib == 8 * (longest + new_tokens + 7) * 2 * 2 * 16 * 4 / 2**10
+    assert static.first_token_ms is None
+    for line in served:
+        assert line.first_token_ms is not None
+        assert line.first_token_ms > 0
+        assert 0 < line.kv_kib < static.kv_kib
+
+
+def test_prompts_to_serve_have_many_lengths_and_the_same_ones_again() -> None:
+    prompts, others = (serving.random_prompts(256, seed) for seed in (0, 1))
+    assert prompts == serving.random_prompts(256, seed=0)
+    assert [*map(len, prompts)] == [*map(len, others)]
+    assert all(prompt[:4] != other[:4] for prompt, other in zip(prompts, others, strict=True))
+    assert 8 <= min(map(len, prompts)) < 30 < 90 < max(map(len, prompts)) <= 120
+    assert 8 <= min(serving.most_tokens(16)) < 12 < max(serving.most_tokens(16)) == 17
+    assert serving.most_tokens(1) == [2] * 8
+
+
+def test_a_batcher_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "ContinuousBatcher", Forgetful)
+    for dtype in ("float32", "bfloat16"):
+        report = small_run(rows=ROWS[:1], lengths=[8], decode_rows=(), dtype=dtype)
+        for row in SERVE_ROWS[1:]:
+            problems = [problem for problem in report.problems if problem.startswith(f"{row.label}: ")]
+            assert any("the median" in problem for problem in problems)
+            assert (f"{row.label}: the greedy tokens differ." in problems) == (dtype == "float32")
+        assert re.search(r"ContinuousBatcher  +\d+ of \d\d  ", str(report))
+
+
+def test_the_bar_tells_how_fast_a_batcher_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving, "INTERVAL", 0)
+    small_run(rows=ROWS[:1], lengths=[8], decode_rows=())
+    shown = capsys.readouterr().err
+    for row in SERVE_ROWS[1:]:
+        assert re.search(rf"{row.label}: [1-9]\d* tokens/s", shown)
+    assert "| 5/5 " in shown
+
+
+def test_a_step_that_runs_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("gptoss_opt.serve.runner.Runner.forward", fail)
+    with pytest.raises(DemoError, match="out of memory, or killed"):
+        small_run(rows=ROWS[:1], lengths=[8], decode_rows=())
+
+
 def test_the_wide_checkpoint_has_experts_as_large_as_those_of_20b() -> None:
     assert (WIDE.hidden, WIDE.intermediate, WIDE.experts_per_token) == (2880, 2880, 4)
     report = small_run(lengths=[8], wide=replace(WIDE, hidden=64, intermediate=64), decode_rows=DECODE_ROWS[::2])
@@ -112,6 +181,7 @@ def test_what_is_not_packed_in_the_file_is_not_packed(tmp_path: Path) -> None:
     dense.save_pretrained(tmp_path / "dense")
     report = small_run(model=str(tmp_path / "dense"), lengths=[8])
     assert [line.stack for line in report.decode_results] == [row.label for row in DECODE_ROWS[:2]]
+    assert [line.stack for line in report.served_results] == [row.label for row in SERVE_ROWS[:2]]
     assert report.problems == ()
 
 
@@ -127,6 +197,10 @@ def test_what_it_prints() -> None:
         "random checkpoint, size 'tiny', dtype bfloat16, 4 tokens after 64",
         "experts               same greedy tokens  max logit diff  load",
         "dense (transformers)  -                   -               ",
+        "random checkpoint, size 'tiny', dtype bfloat16, 8 prompts of 8 to 120 tokens",
+        "served by                              same greedy tokens  max logit diff  speed",
+        "generate, one batch (transformers)     -                   -               ",
+        "First token: the median; generate gives all at the end.",
         "4 expert weights packed as MXFP4, exactly",
     ):
         assert expected in text

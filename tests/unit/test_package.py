@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "load": {"core", "model"},
     "version": set(),
     "testing": set(),
-    "demo": {"testing", "core", "load", "model", "wrappers", ""},
+    "demo": {"testing", "core", "load", "model", "serve", "wrappers", ""},
     "cli": {"demo", ""},
     "__main__": {"cli"},
     "__init__": {"core", "distributed", "load", "model", "serve", "wrappers", "version"},

@@ -71,6 +71,8 @@ def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 def store(paged: Paged, layer: int, k: Tensor, v: Tensor) -> None:
     """Put the keys and values [T, N, D] of the packed tokens where they go."""
+    if k.dtype != paged.keys[layer].dtype:
+        raise ValueError(f"the pages hold {paged.keys[layer].dtype}, and the new keys are {k.dtype}: cast meanwhile.")
     where = paged.pages, paged.places
     paged.keys[layer].transpose(1, 2).index_put_(where, k)
     paged.values[layer].transpose(1, 2).index_put_(where, v)

@@ -36,8 +36,7 @@ def decode(
     """See `paged.decode`; in float32 inside."""
     functions, best, parallel = native.library()
     num_rows, num_heads, dim = q.shape
-    if q.dtype != keys.dtype or q.dtype != values.dtype:
-        raise ValueError(f"the pages hold {keys.dtype}, and the queries are {q.dtype}: the model was cast since.")
+    assert q.dtype == keys.dtype == values.dtype
     q, sinks = q.contiguous(), sinks.to(torch.float32).contiguous()
     tables, firsts, lengths = (x.contiguous() for x in (paged.tables, paged.firsts, paged.lengths))
     assert all(x.dtype == torch.int32 for x in (tables, firsts, lengths))

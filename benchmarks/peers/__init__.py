@@ -1,0 +1,1 @@
+"""Peers that live in an environment of their own, each run by a script that this project's environment talks to."""
