@@ -34,6 +34,7 @@ bench: $(VENV)/.built
 	$(RUN) -m benchmarks.experts
 	$(RUN) -m benchmarks.load
 	$(RUN) -m benchmarks.parallel
+	$(RUN) -m benchmarks.batching
 
 clean:
 	rm -rf $(VENV) $(OLDEST)

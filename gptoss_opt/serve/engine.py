@@ -101,6 +101,10 @@ class Engine:
         self.decoders.clear()
         self.scheduler.clear()
 
+    def free(self) -> None:
+        """Give the memory of the pages back. Nothing can be computed after."""
+        self.runner.free()
+
     def stats(self) -> Stats:
         """The work so far."""
         scheduler, pages, counts = self.scheduler, self.scheduler.cache.pages, self.counts
@@ -166,6 +170,8 @@ class Engine:
         """One more token of a sequence, and whether it was the last."""
         request = self.requests[sequence]
         if drawn.token is None:
+            # Whatever is not finite may have got into pages of tokens before it, too.
+            self.scheduler.cache.forget(self.scheduler.running)
             message = (
                 f"the logits after {len(sequence.tokens)} tokens are not finite: a weight or an activation is not."
             )

@@ -54,31 +54,31 @@ class Tables:
 
     def inputs(self, batch: Batch) -> Inputs:
         """A batch as tensors, sent to the device at once."""
-        parts, decoding = batch.parts, batch.decoding
+        parts = batch.parts
         told = [(g, *new) for g, pages in enumerate(batch.pages) for new in pages]
         columns: dict[str, list[int]] = {
             "tokens": [token for part in parts for token in part.tokens],
             "positions": [n for part in parts for n in range(part.start, part.end)],
             "rows": [part.row for part in parts for _ in part.tokens],
             "kept": [n >= part.write_from for part in parts for n in range(part.start, part.end)],
-            "decoding": [part.row for part in decoding],
-            "firsts": [part.first for part in decoding],
-            "lengths": [part.end for part in decoding],
+            "parts": [part.row for part in parts],
+            "firsts": [part.first for part in parts],
+            "lengths": [part.end for part in parts],
             "sampled": list(batch.sampled),
             **{f"told{n}": [new[n] for new in told] for n in range(4)},
         }
         at = self._sent(columns)
         self.pages[at["told0"], at["told1"], at["told2"]] = at["told3"].int()
-        width = max((-(-part.end // self.page_size) for part in decoding), default=0)
+        width = max(-(-part.end // self.page_size) for part in parts)
         numbers, places = at["positions"] // self.page_size, at["positions"] % self.page_size
         seen = []
         for g, group in enumerate(self.groups):
             pages = self.pages[g, at["rows"], numbers].long()
             if group.window is None:
                 pages = torch.where(at["kept"].bool(), pages, NOWHERE)
-            tables = self.pages[g, at["decoding"], :width]
             firsts = at["firsts"] if group.window is not None else torch.zeros_like(at["firsts"])
-            seen.append(Seen(pages, places, tables, firsts.int(), at["lengths"].int(), self._chunks(batch, g, group)))
+            tables, chunks = self.pages[g, at["parts"], :width], _chunks(batch, group)
+            seen.append(Seen(pages, places, tables, firsts.int(), at["lengths"].int(), chunks))
         return Inputs(at["tokens"], at["positions"], at["sampled"], tuple(seen))
 
     def _sent(self, columns: Mapping[str, list[int]]) -> dict[str, Tensor]:
@@ -88,13 +88,12 @@ class Tables:
         parts = torch.split(numbers.to(self.device, non_blocking=True), [*map(len, columns.values())])
         return dict(zip(columns, parts, strict=True))
 
-    def _chunks(self, batch: Batch, g: int, group: Group) -> tuple[Chunk, ...]:
-        """The chunks of prompts, and which keys each of them sees in a group."""
-        chunks, begin, size = [], len(batch.decoding), self.page_size
-        for part in batch.chunks:
-            end = begin + len(part.tokens)
-            oldest = 0 if group.window is None else max(part.first, group.oldest_seen(part.start))
-            pages = self.pages[g, part.row, oldest // size : -(-part.end // size)].long() if part.start else None
-            chunks.append(Chunk(begin, end, pages, oldest % size, part.end - oldest))
-            begin = end
-        return tuple(chunks)
+
+def _chunks(batch: Batch, group: Group) -> tuple[Chunk, ...]:
+    """The chunks of prompts, as a group of layers sees them."""
+    chunks, begin = [], len(batch.decoding)
+    for part in batch.chunks:
+        end = begin + len(part.tokens)
+        chunks.append(Chunk(begin, end, part.end, 0 if group.window is None else part.first))
+        begin = end
+    return tuple(chunks)

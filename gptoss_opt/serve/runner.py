@@ -69,6 +69,12 @@ class Runner:
             return self.graphs.run(inputs)
         return self.forward(inputs)
 
+    def free(self) -> None:
+        """Give the memory of the pages back: whoever holds a request does not hold them."""
+        self.keys.clear()
+        self.values.clear()
+        self.graphs = None
+
     def forward(self, inputs: Inputs) -> Tensor:
         """The logits [S, V]."""
         paged = {

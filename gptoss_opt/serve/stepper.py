@@ -122,6 +122,7 @@ class Stepper:
             pass
         failed = self.closed
         self._fail(error)
+        self.engine.free()
         if thread is not None:
             thread.join()
             self._thread = None

@@ -35,10 +35,9 @@ def served(name: str) -> dict[str, Any]:
     before = len(stack_of(model))
     batcher = ContinuousBatcher(model, max_num_sequences=3, max_batch_tokens=32, kv_memory=1 << 20)
     leads = batcher._stepper.leads
+    found: dict[str, Any] = {"heads": batcher._stepper.engine.runner.keys[0].shape[1]}
     # What the others ask for does not matter.
-    found: dict[str, Any] = {
-        "generate": batcher.generate(PROMPTS if leads else [[1]], max_new_tokens=NEW, progress=False)
-    }
+    found["generate"] = batcher.generate(PROMPTS if leads else [[1]], max_new_tokens=NEW, progress=False)
     with pytest.raises(ValueError, match="prompt 0: the prompt is empty"):
         batcher.generate([[]], progress=False)
     with pytest.raises(RuntimeError, match="this rank follows|submit inside `with batcher:`"):
@@ -51,7 +50,6 @@ def served(name: str) -> dict[str, Any]:
         else:
             with pytest.raises(RuntimeError, match="this rank follows"):
                 batcher.generate(PROMPTS, progress=False)
-    found["heads"] = batcher._stepper.engine.runner.keys[0].shape[1]
     assert len(stack_of(model)) == before
     assert not [one for one in threading.enumerate() if one.name == "batcher"]
     with pytest.raises(GenerationError, match="closed"):

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def _forget_the_wrappers_of_examples():
     yield
     for name in set(WRAPPERS) - before:
         del WRAPPERS[name]
+
+
+def test_the_example_of_streaming_runs() -> None:
+    greedy, sampled = runpy.run_path(str(ROOT / "docs" / "examples" / "streaming.py"))["tokens"]
+    assert (len(greedy), len(sampled)) == (12, 8)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -14,7 +14,9 @@ from gptoss_opt.kernels.attention import paged as paged_kernels
 from gptoss_opt.kernels.attention.reference import reference_attention
 
 SETS = range(4) if native.why_not("cpu", torch.float32) else range(native.library().best + 1)
-HAS_NATIVE = native.why_not("cpu", torch.float32) is None
+native_only = pytest.mark.skipif(
+    native.why_not("cpu", torch.float32) is not None, reason="the native library is not built here"
+)
 
 
 class Problem(NamedTuple):
@@ -90,7 +92,7 @@ def test_decode_in_plain_operations(dtype: torch.dtype, window: int | None) -> N
     assert not torch.allclose(found.double(), one.expected(0.2, 5), atol=1e-3)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native library is not built here")
+@native_only
 @pytest.mark.parametrize("instruction_set", SETS, ids=lambda number: native.INSTRUCTION_SETS[number])
 @pytest.mark.parametrize("window", [None, 1, 8, 100])
 @pytest.mark.parametrize(
@@ -102,66 +104,68 @@ def test_decode_by_the_native_library(
 ) -> None:
     one = problem(dtype, heads, dim, page_size)
     keys, values = one.paged.keys[0], one.paged.values[0]
-    found = paged_native.decode(one.q, keys, values, one.sinks, one.paged, 0.2, window, instruction_set=instruction_set)
+    found = paged_native.attend(one.q, keys, values, one.sinks, one.paged, 0.2, window, instruction_set=instruction_set)
     truth = one.expected(0.2, window)
     if dtype == torch.bfloat16:
         # Only the result is rounded.
         assert torch.allclose(found.double(), truth, atol=1e-6, rtol=2**-8)
     else:
         assert torch.allclose(found.double(), truth, atol=TOLERANCE[dtype], rtol=0)
-    without = paged_native.decode(one.q, keys, values, one.sinks - 9, one.paged, 0.2, window)
+    without = paged_native.attend(one.q, keys, values, one.sinks - 9, one.paged, 0.2, window)
     assert not torch.allclose(without.double(), truth, atol=1e-2)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native library is not built here")
+@native_only
 @pytest.mark.parametrize("large", [60.0, -60.0])
 def test_large_logits_neither_overflow_nor_vanish(large: float) -> None:
     one = problem()
     q = one.q * large
-    found = paged_native.decode(q, one.paged.keys[0], one.paged.values[0], one.sinks, one.paged, 1.0, None)
+    found = paged_native.attend(q, one.paged.keys[0], one.paged.values[0], one.sinks, one.paged, 1.0, None)
     assert torch.allclose(found.double(), one._replace(q=q).expected(1.0, None), atol=1e-5)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native library is not built here")
+@native_only
 def test_the_native_library_says_what_it_does_not_take() -> None:
     assert "multiple of 16, not 24" in str(paged_native.why_not("cpu", torch.float32, 24))
     assert "float64" in str(paged_native.why_not("cpu", torch.float64, 32))
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_packed_queries_see_their_own_sequence(window: int | None, backend: str) -> None:
-    """Two that decode, a prompt from its beginning, and a chunk that goes on: end to end in one row."""
-    base = problem(torch.float64, lengths=(9, 20, 7, 30), firsts=(0, 0, 0, 0))
-    new = {0: 1, 1: 1, 2: 7, 3: 11}
+@pytest.mark.parametrize(
+    ("backend", "chunks"),
+    [("torch", "torch"), ("torch", "reference"), pytest.param("native", "torch", marks=native_only)],
+)
+def test_packed_queries_see_their_own_sequence(window: int | None, backend: str, chunks: str) -> None:
+    """Two that decode, a prompt from its beginning, and two chunks that go on: end to end in one row."""
+    dtype = torch.float32 if backend == "native" else torch.float64
+    # 300 keys are several times what is looked at at a time; 13 queries are more than one unit of work.
+    base = problem(dtype, lengths=(9, 20, 7, 30, 300), firsts=(0, 0, 0, 0, 2))
+    new = {0: 1, 1: 1, 2: 7, 3: 11, 4: 13}
     heads, dim, size = 8, 32, 4
     keys, values = base.paged.keys[0], base.paged.values[0]
     whole = {row: [base.of_row(row, x).clone() for x in (keys, values)] for row in new}
+    new_ones = {row: base.lengths[row] - base.firsts[row] - count for row, count in new.items()}
     rows = [row for row, count in new.items() for _ in range(count)]
     tokens = [t for row, count in new.items() for t in range(base.lengths[row] - count, base.lengths[row])]
-    k, v = (torch.stack([whole[row][n][:, t] for row, t in zip(rows, tokens, strict=True)]) for n in range(2))
-    q = torch.randn(len(rows), heads, dim, dtype=torch.float64)
+    k, v = (torch.cat([whole[row][n][:, new_ones[row] :] for row in new], 1).transpose(0, 1) for n in range(2))
+    q = torch.randn(len(rows), heads, dim, dtype=dtype)
     table = base.paged.tables.long()
     pages, places = table[rows, torch.tensor(tokens) // size], torch.tensor(tokens) % size
     for x in (keys, values):
         x[pages, :, places] = torch.nan  # they are stored by the call
-    oldest = 0 if window is None else 19 - window + 1
-    chunk = Chunk(9, 20, table[3, oldest // size :], oldest % size, 30 - oldest)
     paged = base.paged._replace(
         pages=pages,
         places=places,
-        tables=base.paged.tables[:2],
-        firsts=base.paged.firsts[:2],
-        lengths=base.paged.lengths[:2],
-        chunks=(Chunk(2, 9, None, 0, 7), chunk),
+        chunks=(Chunk(2, 9, 7, 0), Chunk(9, 20, 30, 0), Chunk(20, 33, 300, 2)),
+        backend=backend,
     )
     as_row = (x.transpose(0, 1)[None] for x in (q, k, v))
-    found = paged_attention(*as_row, base.sinks, paged=paged, layer=0, scale=0.2, window=window, backend=backend)
+    found = paged_attention(*as_row, base.sinks, paged=paged, layer=0, scale=0.2, window=window, backend=chunks)
     assert found.shape == (1, len(rows), heads, dim)
     begin = 0
     for row, count in new.items():
-        mine = q[begin : begin + count].transpose(0, 1)[None]
-        seen = (x[None] for x in whole[row])
+        mine = q[begin : begin + count].transpose(0, 1)[None].double()
+        seen = (x[None].double() for x in whole[row])
         truth = reference_attention(mine, *seen, base.sinks.double(), Rules(0.2, window, Visible()))
-        assert torch.allclose(found[0, begin : begin + count], truth[0].transpose(0, 1), atol=1e-10)
+        assert torch.allclose(found[0, begin : begin + count].double(), truth[0].transpose(0, 1), atol=TOLERANCE[dtype])
         begin += count

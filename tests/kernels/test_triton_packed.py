@@ -7,10 +7,6 @@ a process of their own; where there is a GPU, a second time on it.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 import torch
@@ -19,10 +15,7 @@ from torch import Tensor
 from gptoss_opt.kernels.experts import triton_packed
 from gptoss_opt.kernels.mxfp4 import unpack
 from tests.helpers import relative
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from tests.kernels.triton_apart import DEVICE, SHARED_MEMORY, compiled, in_a_process_of_its_own, needs_triton
 
 
 @needs_triton
@@ -30,10 +23,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
     ("interpret", "prefix"), [("1", "check"), ("0", "compile"), pytest.param("0", "check", marks=pytest.mark.gpu)]
 )
 def test_in_a_process_of_its_own(interpret: str, prefix: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": interpret}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"python_functions={prefix}_*", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    in_a_process_of_its_own(interpret, prefix, __file__)
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,12 +200,11 @@ def check_swiglu_keeps_nan() -> None:
 
 # Real compilation, which needs no GPU: what the interpreter accepts need not compile, nor fit.
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("name", ["forward_kernel", "backward_input_kernel"])
 def compile_tiles(name: str, capability: int) -> None:
+    kernel = getattr(triton_packed._kernels(), name)
     tiles = triton_packed.TILES if name == "forward_kernel" else triton_packed.BACKWARD_TILES
     for element, tile in [
         *(("bf16", tile) for _, tile in tiles),
@@ -224,74 +213,13 @@ def compile_tiles(name: str, capability: int) -> None:
     ]:
         sizes = {"BLOCK_N": tile.rows, "BLOCK_O": tile.out, "BLOCK_K": tile.depth, "BLOCK_E": 64, "GROUP": 8}
         pointers = [f"*{element}", "*i32", "*i32", "*u8", f"*{element}"]
-        compiled = _compiled(capability, name, [*pointers, *["i32"] * 4], sizes, tile.num_warps, tile.num_stages)
-        assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+        made = compiled(kernel, capability, [*pointers, *["i32"] * 4], sizes, tile.num_warps, tile.num_stages)
+        assert made.metadata.shared <= SHARED_MEMORY[capability]
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16", "fp32"])
 def compile_the_others(element: str) -> None:
-    _compiled(90, "unpack_kernel", ["*i32", "*u8", f"*{element}", "i32"], {"BLOCK_G": 64})
+    kernels = triton_packed._kernels()
+    compiled(kernels.unpack_kernel, 90, ["*i32", "*u8", f"*{element}", "i32"], {"BLOCK_G": 64})
     for name, num_pointers in (("swiglu_kernel", 2), ("swiglu_backward_kernel", 3)):
-        _compiled(90, name, [*[f"*{element}"] * num_pointers, "i32", "fp32", "fp32"], {"BLOCK": 1024})
-
-
-def _compiled(
-    capability: int, name: str, types: list[str], sizes: dict[str, int], num_warps: int = 4, num_stages: int = 3
-) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(triton_packed._kernels(), name)
-    signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(sizes)], strict=True))
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind.startswith("*")}
-    source = ASTSource(kernel, signature=signature, constexprs=sizes, attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-# What the interpreter lacks: it keeps bfloat16 as bits, and multiplies the bits.
-
-
-def teach_bfloat16() -> None:
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    def widen(handle: Any) -> Any:
-        bits = handle.data
-        return (bits.astype(np.uint32) << 16).view(np.float32) if handle.dtype.scalar == tl.bfloat16 else bits
-
-    def narrow(data: Any) -> Any:
-        rounded = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
-        return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
-
-    plain = interpreter.InterpreterBuilder
-
-    def create_fmul(self: Any, a: Any, b: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:
-            return narrow(widen(a) * widen(b))
-        return self.binary_op(a, b, np.multiply)
-
-    def create_dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
-        return interpreter.TensorHandle(np.matmul(widen(a), widen(b), dtype=np.float32) + acc.data, acc.dtype.scalar)
-
-    cast = plain.create_fp_trunc
-
-    def create_fp_trunc(self: Any, x: Any, dtype: Any) -> Any:
-        return narrow(x.data) if (x.dtype.scalar, dtype.scalar) == (tl.float32, tl.bfloat16) else cast(self, x, dtype)
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        # numpy 2.4 makes no number of an array of one.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    plain.create_fmul, plain.create_dot, plain.create_fp_trunc = create_fmul, create_dot, create_fp_trunc
-    plain.get_bf16 = lambda self, value: narrow(np.array([value], np.float32))
-    interpreter._patch_lang_tensor = _patch_lang_tensor
-
-
-if INTERPRETING:
-    teach_bfloat16()
+        compiled(getattr(kernels, name), 90, [*[f"*{element}"] * num_pointers, "i32", "fp32", "fp32"], {"BLOCK": 1024})

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from gptoss_opt import ContinuousBatcher, GenerationError, stack_of, undo, with_flash_attention
 from gptoss_opt.serve.graphs import DecodeGraphs
 from tests.helpers import ids, tiny_model
-from tests.serve.conftest import NEW
+from tests.serve.conftest import NEW, alone
 
 Serve = Callable[..., ContinuousBatcher]
 Prompts = list[list[int]]
@@ -227,7 +228,11 @@ def test_logits_that_are_not_finite_end_one_request(serve: Serve, prompts: Promp
         batcher.generate([*prompts, [5, 6, marked, 7]], max_new_tokens=NEW, progress=False)
     assert e.value.results[:6] == expected
     assert isinstance(e.value.results[6], GenerationError)
-    # Pages that held what is not finite are used again.
+    # Pages that held what is not finite are used again, and those of the tokens before it are not shared.
+    stem = [*prompts[4][:40]]
+    with pytest.raises(GenerationError):
+        batcher.submit([*stem, marked], max_new_tokens=NEW).result()
+    assert batcher.submit([*stem, 3], max_new_tokens=NEW).result() == alone(tiny_model(), [*stem, 3])
     assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == expected
 
 
@@ -246,6 +251,17 @@ def test_close_during_work(serve: Serve, prompts: Prompts) -> None:
     assert not any(one.name == "batcher" for one in threading.enumerate())
     with pytest.raises(GenerationError, match="the batcher is closed .the batcher was closed.. Make another"):
         batcher.submit(prompts[0])
+
+
+def test_a_closed_batcher_holds_no_pages(serve: Serve, prompts: Prompts) -> None:
+    batcher = serve()
+    request = batcher.submit(prompts[0], max_new_tokens=2)
+    request.result()
+    pages = weakref.ref(batcher._stepper.engine.runner.keys[0])
+    batcher.close()
+    assert pages() is None
+    assert len(request.tokens) == 2
+    assert batcher.stats().tokens_out == 2
 
 
 def test_leaving_waits_for_what_was_submitted(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
@@ -291,6 +307,7 @@ def test_captured_steps_are_the_same(serve: Serve, prompts: Prompts, expected: P
         captured.append(run)
         return run
 
+    runner.backend = "torch"
     runner.graphs = DecodeGraphs(runner.forward, 6, capture)
     assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == expected
     rows = {key[0] for key in runner.graphs._made}

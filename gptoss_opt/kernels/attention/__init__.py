@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from .backends import BACKENDS, AttentionRequest, kernel_named
 from .op import sink_attention
 from .paged import Chunk, Paged, choose_backend, decode, store
+from .paged_native import attend
 from .reference import reference_attention
 from .visible import Rules, Visible, starts_from_cu_seq_lens, starts_from_positions
 
@@ -105,29 +106,26 @@ def paged_attention(
         layer: the number of the layer, whose pages are used.
         scale: what the logits are multiplied with.
         window: how many keys a query sees, itself included; None sees all.
-        backend: the name of one of `BACKENDS`, for the chunks; decoding has its own, `paged.backend`.
+        backend: the name of one of `BACKENDS`, for chunks where `paged.backend` does not serve them.
 
     Returns:
         [1, T, num_heads, head_dim], in q's dtype.
     """
     queries, new_keys, new_values = (x[0].transpose(0, 1) for x in (q, k, v))
     store(paged, layer, new_keys, new_values)
-    num_rows = paged.tables.shape[0]
-    decoded = decode(queries[:num_rows], sinks, paged, layer, scale, window) if num_rows else None
-    if decoded is not None and not paged.chunks:
-        return decoded[None]
-    out = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
-    if decoded is not None:
-        out[:num_rows] = decoded
-    for chunk in paged.chunks:
+    keys, values = paged.keys[layer], paged.values[layer]
+    if paged.backend == "native":
+        return attend(queries, keys, values, sinks, paged, scale, window)[None]
+    decoding, num_rows = paged.decoding, len(paged.tables) - len(paged.chunks)
+    parts = [decode(queries[:num_rows], sinks, decoding, layer, scale, window)] if num_rows else []
+    for number, chunk in enumerate(paged.chunks):
         rows = slice(chunk.begin, chunk.end)
-        if chunk.pages is None:
-            seen = k[:, :, rows], v[:, :, rows]
-        else:
-            seen = chunk.seen(paged.keys[layer])[None], chunk.seen(paged.values[layer])[None]
-        mine = attention(q[:, :, rows], *seen, sinks, scale=scale, window=window, backend=backend)
-        out[rows] = mine[0].transpose(0, 1)
-    return out[None]
+        mine_k, mine_v = k[:, :, rows], v[:, :, rows]
+        if chunk.length > chunk.end - chunk.begin:
+            mine_k, mine_v = (paged.seen_by(number, x, window)[None] for x in (keys, values))
+        mine = attention(q[:, :, rows], mine_k, mine_v, sinks, scale=scale, window=window, backend=backend)
+        parts.append(mine[0].transpose(0, 1))
+    return torch.cat(parts)[None]
 
 
 def _check_derivatives(visible: Visible) -> None:

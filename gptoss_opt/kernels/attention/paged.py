@@ -4,8 +4,7 @@ The keys and values of a layer are two tensors of pages, [num_pages, N, page_siz
 its token number p lies in page `table[p // page_size]`, at place `p % page_size`. Page 0 belongs to nobody: what is to
 be kept nowhere goes there.
 
-Shapes: T packed tokens, R of them decoding (one per sequence, first), H query heads, N key/value heads, D head dim,
-S keys.
+Shapes: T packed tokens of R sequences, H query heads, N key/value heads, D head dim, S keys.
 """
 
 from __future__ import annotations
@@ -16,28 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import paged_native
+from . import paged_native, paged_triton
 
 
 class Chunk(NamedTuple):
     """Several tokens of one sequence: queries `begin..end` of the packed ones.
 
     Attributes:
-        pages: int64, those of the keys that they see; None: they see only their own.
-        skipped: of the first page, so many keys are not seen.
-        num_keys: how many are seen then, the last `end - begin` their own.
+        length: how many tokens the sequence has, these included.
+        first: the first of them whose key there is.
     """
 
     begin: int
     end: int
-    pages: Tensor | None
-    skipped: int
-    num_keys: int
-
-    def seen(self, x: Tensor) -> Tensor:
-        """Of the keys or values of a layer, those that are seen, [N, S, D]."""
-        pages = x.transpose(0, 1)[:, self.pages].flatten(1, 2)
-        return pages[:, self.skipped : self.skipped + self.num_keys]
+    length: int
+    first: int
 
 
 class Paged(NamedTuple):
@@ -46,11 +38,11 @@ class Paged(NamedTuple):
     Attributes:
         keys, values: by layer, [num_pages, N, page_size, D].
         pages, places: int64 [T], where the keys and values of the packed tokens go.
-        tables: int32 [R, width], the pages of the decoding sequences.
+        tables: int32 [R, width], the pages of the sequences: of those that decode (a query each), then of the chunks.
         firsts: int32 [R], the first of their tokens whose key there is.
-        lengths: int32 [R], how many tokens they have, the new one included.
+        lengths: int32 [R], how many tokens they have, the new ones included.
         chunks: what comes after the decoding ones.
-        backend: "native" (one call of the native library, on CPUs) or "torch".
+        backend: "native" (one call of the native library, on CPUs), "triton" (decoding, on CUDA) or "torch".
     """
 
     keys: Mapping[int, Tensor]
@@ -63,10 +55,27 @@ class Paged(NamedTuple):
     chunks: tuple[Chunk, ...]
     backend: str
 
+    @property
+    def decoding(self) -> Paged:
+        """The decoding sequences alone."""
+        num_rows = len(self.tables) - len(self.chunks)
+        tables, firsts, lengths = (x[:num_rows] for x in (self.tables, self.firsts, self.lengths))
+        return self._replace(tables=tables, firsts=firsts, lengths=lengths, chunks=())
+
+    def seen_by(self, number: int, x: Tensor, window: int | None) -> Tensor:
+        """Of the keys or values of a layer, those [N, S, D] that a chunk sees."""
+        chunk, size = self.chunks[number], x.shape[2]
+        begin = max(chunk.first, 0 if window is None else chunk.length - (chunk.end - chunk.begin) - window + 1)
+        table = self.tables[len(self.tables) - len(self.chunks) + number, begin // size : -(-chunk.length // size)]
+        pages = x.transpose(0, 1)[:, table.long()].flatten(1, 2)
+        return pages[:, begin % size : begin % size + chunk.length - begin]
+
 
 def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The best backend for the queries of decoding sequences."""
-    return "torch" if paged_native.why_not(device_type, dtype, head_dim) else "native"
+    """The best backend there is."""
+    if paged_native.why_not(device_type, dtype, head_dim) is None:
+        return "native"
+    return "torch" if paged_triton.why_not(device_type, dtype) else "triton"
 
 
 def store(paged: Paged, layer: int, k: Tensor, v: Tensor) -> None:
@@ -79,8 +88,8 @@ def store(paged: Paged, layer: int, k: Tensor, v: Tensor) -> None:
 
 
 def decode(q: Tensor, sinks: Tensor, paged: Paged, layer: int, scale: float, window: int | None) -> Tensor:
-    """The queries [R, H, D] of the decoding sequences, whose keys are stored already: [R, H, D]."""
-    function = paged_native.decode if paged.backend == "native" else torch_decode
+    """The queries [R, H, D] of decoding sequences, whose keys are stored already: [R, H, D]. Not by "native"."""
+    function = paged_triton.decode if paged.backend == "triton" else torch_decode
     return function(q, paged.keys[layer], paged.values[layer], sinks, paged, scale, window)
 
 

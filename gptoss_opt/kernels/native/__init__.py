@@ -36,8 +36,8 @@ class Paged(ctypes.Structure):
     """Attention on pages as the library takes it, by addresses: see paged.h."""
 
     _fields_ = (
-        *((name, _P) for name in ("q", "keys", "values", "sinks", "tables", "firsts", "lengths", "out")),
-        *((name, _LONG) for name in ("heads", "kv_heads", "head_dim", "width", "page_size", "window")),
+        *((name, _P) for name in ("q", "keys", "values", "sinks", "tables", "firsts", "blocks", "out")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "head_dim", "width", "page_size", "window", "most_rows")),
         ("scale", ctypes.c_float),
         ("half", _INT),
     )

@@ -1,0 +1,100 @@
+"""Attention on pages on CUDA through Triton: parts of each sequence's keys side by side, put together afterwards.
+
+The keys of a sequence are cut into parts as in Flash-Decoding (Dao et al. 2023), so that few long sequences fill a GPU
+as many short ones do. How many follows from shapes alone, so that a CUDA graph can capture the call.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..experts import triton_packed
+
+if TYPE_CHECKING:
+    from .paged import Paged
+
+PROGRAMS = 512
+"""About as many at a time fill a GPU."""
+
+KEYS = 64
+"""Looked at at a time."""
+
+LEAST_KEYS = 256
+"""Of a part: less is not worth a program."""
+
+TILE = 16
+"""The least that a product takes of rows and columns."""
+
+
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+    """The reason why it cannot serve, or None."""
+    return triton_packed.why_not(device_type, dtype)
+
+
+def num_parts(num_rows: int, num_kv_heads: int, num_keys: int) -> int:
+    """Into how many parts the keys of each sequence are cut.
+
+    Example:
+        >>> num_parts(1, 8, 8192), num_parts(256, 8, 8192), num_parts(1, 8, 100)
+        (32, 1, 1)
+    """
+    wanted = -(-PROGRAMS // max(1, num_rows * num_kv_heads))
+    return max(1, min(wanted, num_keys // LEAST_KEYS))
+
+
+def decode(
+    q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, paged: Paged, scale: float, window: int | None
+) -> Tensor:
+    """See `paged.decode`; sums in float32."""
+    num_rows, num_heads, dim = q.shape
+    num_kv_heads, page_size = keys.shape[1:3]
+    width = paged.tables.shape[1]
+    seen = width * page_size if window is None else min(width * page_size, window)
+    parts = num_parts(num_rows, num_kv_heads, seen)
+    sums = torch.empty(num_rows, num_heads, parts, dim, dtype=torch.float32, device=q.device)
+    largest, totals = (torch.empty(sums.shape[:-1], dtype=torch.float32, device=q.device) for _ in range(2))
+    group = num_heads // num_kv_heads
+    with torch.cuda.device_of(q):
+        _kernels().decode_kernel[(num_rows, num_kv_heads, parts)](
+            q.contiguous(),
+            keys,
+            values,
+            paged.tables.contiguous(),
+            paged.firsts,
+            paged.lengths,
+            sums,
+            largest,
+            totals,
+            width,
+            num_kv_heads,
+            parts,
+            window or 0,
+            float(scale),
+            GROUP=group,
+            DIM=dim,
+            PAGE=page_size,
+            HEADS=_as_wide_as_a_tile(group),
+            DIMS=_as_wide_as_a_tile(dim),
+            KEYS=KEYS,
+        )
+    sink = sinks.to(torch.float32)[:, None]
+    most = torch.maximum(largest.amax(-1, keepdim=True), sink)
+    shares = (largest - most).exp()
+    total = (totals * shares).sum(-1, keepdim=True) + (sink - most).exp()
+    return ((sums * (shares / total)[..., None]).sum(-2)).to(q.dtype)
+
+
+def _as_wide_as_a_tile(number: int) -> int:
+    """The least power of two that holds a number, and that a product takes."""
+    return max(TILE, 1 << (number - 1).bit_length())
+
+
+def _kernels() -> ModuleType:
+    """The Triton kernel, imported where it first runs."""
+    from . import triton_kernels
+
+    return triton_kernels
