@@ -55,8 +55,8 @@ def build_engine(
     if kv_memory != "auto":
         room = float(kv_memory)
     elif shape.device.type == "cuda":
-        enough = -(-max_batch_tokens // page_size) * len(groups)
-        room = SHARE_OF_GPU * _left_by_a_step(runner_of(enough), max_batch_tokens)
+        step = min(max_batch_tokens, serving.most_tokens(model))
+        room = SHARE_OF_GPU * _left_by_a_step(runner_of(-(-step // page_size) * len(groups)), step)
     else:
         room = SHARE_OF_CPU * psutil.virtual_memory().available
     num_pages = min(int(room / bytes_of_page), most)

@@ -85,7 +85,10 @@ class Stepper:
             answer = Answer(result)
             return result
         except BaseException as error:
-            answer = Answer(error=error, closed=self.closed is not None)
+            # Of others nobody knows whether they can be sent.
+            known = isinstance(error, ValueError | GenerationError)
+            told = error if known else GenerationError(f"the first rank failed: {error!r}")
+            answer = Answer(error=told, closed=self.closed is not None)
             raise
         finally:
             if not self.in_background:
