@@ -39,13 +39,13 @@ class Batch:
     Attributes:
         decoding: sequences of which one token is computed: they come first.
         chunks: the others.
-        sampled: the packed tokens after which one is sampled.
+        last: of each of them, the last of the packed tokens: after these, logits are wanted.
         pages: by group, what is new in the tables: (row, place in the row, page).
     """
 
     decoding: tuple[Part, ...]
     chunks: tuple[Part, ...]
-    sampled: tuple[int, ...]
+    last: tuple[int, ...]
     pages: tuple[tuple[tuple[int, int, int], ...], ...]
 
     @property
@@ -58,7 +58,7 @@ class Batch:
         """What is to be done, the decoding sequences first. The tables' new pages are taken as told."""
         decoding: list[Part] = []
         chunks: list[Part] = []
-        sampled: list[int] = []
+        last: list[int] = []
         pages: list[list[tuple[int, int, int]]] = [[] for _ in range(num_groups)]
         num_tokens = 0
         for sequence, count in works:
@@ -67,9 +67,8 @@ class Batch:
             part = Part(row, start, tokens, sequence.first, sequence.write_from)
             (decoding if count == 1 else chunks).append(part)
             num_tokens += count
-            if start + count == len(sequence.tokens):
-                sampled.append(num_tokens - 1)
+            last.append(num_tokens - 1)
             for new, table, told in zip(pages, sequence.tables, sequence.num_told, strict=True):
                 new.extend((row, place, table[place]) for place in range(told, len(table)))
             sequence.num_told = [len(table) for table in sequence.tables]
-        return cls(tuple(decoding), tuple(chunks), tuple(sampled), tuple(map(tuple, pages)))
+        return cls(tuple(decoding), tuple(chunks), tuple(last), tuple(map(tuple, pages)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -226,6 +226,8 @@ class ContinuousBatcher:
         configs = config if isinstance(config, list | tuple) else [config] * len(prompts)
         if len(configs) != len(prompts):
             raise ValueError(f"{len(configs)} configs for {len(prompts)} prompts: give one for all, or one for each.")
+        # What can be read once only is read for all prompts.
+        options = {name: tuple(value) if isinstance(value, Iterator) else value for name, value in options.items()}
         made: list[list[Request] | list[ValueError]] = []
         for number, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
             made.append(self._requests_or_errors(number, prompt, one, tokenizer, options))
@@ -253,8 +255,10 @@ class ContinuousBatcher:
         try:
             return self._limits.requests(prompt, config, tokenizer, options, self._stepper.step)
         except ValueError as error:
-            several = options.get("num_return_sequences") or getattr(config, "num_return_sequences", None)
-            return [ValueError(f"prompt {number}: {error}")] * (several if isinstance(several, int) else 1)
+            configs = (config, self._limits.of_model)
+            asked = [options.get("num_return_sequences"), *(getattr(c, "num_return_sequences", None) for c in configs)]
+            several = next((one for one in asked if one is not None), 1)
+            return [ValueError(f"prompt {number}: {error}")] * (max(1, several) if isinstance(several, int) else 1)
 
     def _watch(self, requests: Sequence[Request], progress: bool) -> None:
         """Wait for requests, with a bar."""
@@ -304,4 +308,11 @@ def _result_of(request: Request | ValueError, tokenizer: Any) -> Any:
         tokens = request.result()
     except GenerationError as error:
         return error
-    return tokens if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+    if tokenizer is None:
+        return tokens
+    try:
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+    except Exception as error:
+        failed = GenerationError(f"the tokenizer failed on the new tokens: {error!r}", tokens)
+        failed.__cause__ = error
+        return failed

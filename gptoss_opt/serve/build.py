@@ -56,7 +56,9 @@ def build_engine(
         room = float(kv_memory)
     elif shape.device.type == "cuda":
         step = min(max_batch_tokens, serving.most_tokens(model))
-        room = SHARE_OF_GPU * _left_by_a_step(runner_of(-(-step // page_size) * len(groups)), step)
+        room = SHARE_OF_GPU * _left_by_a_step(
+            runner_of(-(-step // page_size) * len(groups)), step, min(step, max_num_sequences)
+        )
     else:
         room = SHARE_OF_CPU * psutil.virtual_memory().available
     num_pages = min(int(room / bytes_of_page), most)
@@ -72,14 +74,15 @@ def build_engine(
     return Engine(scheduler, runner_of(num_pages), mesh, bytes_of_page=bytes_of_page, why_no_graphs=why_no_graphs)
 
 
-def _left_by_a_step(runner: Runner, num_tokens: int) -> int:
-    """Bytes that are free on the GPU while a step of so many tokens is computed."""
+def _left_by_a_step(runner: Runner, num_tokens: int, num_sampled: int) -> int:
+    """Bytes that are free on the GPU while a step of so many tokens is computed, and so many are sampled."""
     num_pages, groups = -(-num_tokens // runner.tables.page_size), range(len(runner.groups))
     told = tuple(tuple((0, place, 1 + g * num_pages + place) for place in range(num_pages)) for g in groups)
     part = Part(row=0, start=0, tokens=(0,) * num_tokens, first=0, write_from=0)
     torch.cuda.reset_peak_memory_stats(runner.tables.device)
     before = torch.cuda.memory_allocated(runner.tables.device)
-    runner.run(Batch((), (part,), (num_tokens - 1,), told))
+    logits = runner.run(Batch((), (part,), tuple(range(num_sampled)), told))
+    logits.float().sort(-1)
     used = torch.cuda.max_memory_allocated(runner.tables.device) - before
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(runner.tables.device)[0] - used

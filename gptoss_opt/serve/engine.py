@@ -84,8 +84,14 @@ class Engine:
         batch = Batch.of(works, len(self.scheduler.cache.groups))
         prompt_tokens = [work.num_tokens for work in works if work.sequence.num_computed < work.sequence.prompt_length]
         logits = self._run(batch)
-        sampled = [work.sequence for work in works if work.samples]
-        drawn = draw(logits, [self._draw_of(sequence) for sequence in sampled]) if sampled else []
+        whole = [row for row, work in enumerate(works) if work.samples]
+        sampled = [works[row].sequence for row in whole]
+        # Of a prompt that goes on nothing is sampled, but its logits tell whether what was computed is finite.
+        rest = [row for row, work in enumerate(works) if not work.samples]
+        drawn = draw(logits[whole] if rest else logits, [*map(self._draw_of, sampled)])
+        if any(one.token is None for one in drawn) or (rest and not bool(logits[rest].isfinite().all())):
+            # It may have got into pages of tokens before it, too, and those may be shared already.
+            self.scheduler.cache.forget(self.scheduler.running)
         for work in works:
             self.scheduler.advance(work)
         self.counts.step(prompt_tokens, time.perf_counter() - started)
@@ -124,7 +130,7 @@ class Engine:
             kv_bytes=pages.num_pages * self.bytes_of_page,
             prefix_tokens=scheduler.num_shared,
             preemptions=scheduler.num_preemptions,
-            cuda_graphs=f"none: {self.why_no_graphs}" if graphs is None else f"{len(graphs)} captured",
+            cuda_graphs=f"none: {self.why_no_graphs or 'closed'}" if graphs is None else f"{len(graphs)} captured",
             time_to_first_token=percentiles(tuple(counts.first)),
             time_between_tokens=percentiles(tuple(counts.between)),
         )
@@ -170,8 +176,6 @@ class Engine:
         """One more token of a sequence, and whether it was the last."""
         request = self.requests[sequence]
         if drawn.token is None:
-            # Whatever is not finite may have got into pages of tokens before it, too.
-            self.scheduler.cache.forget(self.scheduler.running)
             message = (
                 f"the logits after {len(sequence.tokens)} tokens are not finite: a weight or an activation is not."
             )

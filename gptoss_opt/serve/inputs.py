@@ -64,7 +64,7 @@ class Tables:
             "parts": [part.row for part in parts],
             "firsts": [part.first for part in parts],
             "lengths": [part.end for part in parts],
-            "sampled": list(batch.sampled),
+            "sampled": list(batch.last),
             **{f"told{n}": [new[n] for new in told] for n in range(4)},
         }
         at = self._sent(columns)

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
+SAMPLING: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
 """Fields that shape the distribution, with the values that `generate` takes where nothing is said."""
+
+Layers = tuple[Mapping[str, Any], ...]
+"""What is said by fields, by a config, and by the model: the first that says something is heard."""
 
 SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max
 
@@ -143,15 +146,16 @@ class Options:
         """
         if unknown := sorted(set(fields) - set(vars(of_model))):
             raise ValueError(f"GenerationConfig has no field {', '.join(map(repr, unknown))}.")
-        given = {**_said(config), **{name: value for name, value in fields.items() if value is not None}}
-        said = {**_said(of_model), **given}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        layers = (fields, _said(config), _said(of_model))
+        said = {**layers[2], **layers[1], **layers[0]}
         _check({**said, "seed": seed, "logprobs": logprobs})
         options = cls(
-            max_new_tokens=_max_new_tokens(prompt_length, given, said),
+            max_new_tokens=_max_new_tokens(prompt_length, layers),
             min_new_tokens=int(said.get("min_new_tokens") or 0),
             stop_token_ids=_ids("eos_token_id", said.get("eos_token_id")) | _ids("stop_token_ids", stop_token_ids),
             stop_strings=_strings(said.get("stop_strings")),
-            sampling=_sampling(given, said),
+            sampling=_sampling(layers, said),
             seed=int(torch.randint(2**62, ())) if seed is None else int(seed),
             logprobs=None if logprobs is None else int(logprobs),
             num_return_sequences=int(said.get("num_return_sequences") or 1),
@@ -178,10 +182,18 @@ def _check(said: Mapping[str, Any]) -> None:
         value = said.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= _as_number(value) <= most:
             raise ValueError(f"{name} is {value!r}, and must be {words}.")
     if not isinstance(said.get("do_sample", False), bool):
         raise ValueError(f"do_sample is {said['do_sample']!r}, and must be True or False.")
+
+
+def _as_number(value: Any) -> float | int:
+    """A number as Python has it; what is too large for one is infinite."""
+    try:
+        return int(value) if isinstance(value, Integral) and abs(int(value)) < 2**63 else float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _said(config: GenerationConfig | None) -> dict[str, Any]:
@@ -189,7 +201,7 @@ def _said(config: GenerationConfig | None) -> dict[str, Any]:
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):
-        raise TypeError(f"expected a GenerationConfig, got a {type(config).__name__}.")
+        raise ValueError(f"generation_config is a GenerationConfig, not a {type(config).__name__}.")
     return {name: value for name, value in vars(config).items() if value is not None and not name.startswith("_")}
 
 
@@ -210,9 +222,9 @@ def _ids(name: str, value: Any) -> frozenset[int]:
     return frozenset(map(int, several))
 
 
-def _max_new_tokens(prompt_length: int, given: Mapping[str, Any], said: Mapping[str, Any]) -> int:
-    """As in `generate`: what is given now goes first, and 20 where nothing is said."""
-    for fields in (given, said):
+def _max_new_tokens(prompt_length: int, layers: Layers) -> int:
+    """As in `generate`: 20 where nothing is said."""
+    for fields in layers:
         if fields.get("max_new_tokens") is not None:
             return int(fields["max_new_tokens"])
         if fields.get("max_length") is not None:
@@ -226,23 +238,32 @@ def _max_new_tokens(prompt_length: int, given: Mapping[str, Any], said: Mapping[
 
 
 def _strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    if value is not None and not isinstance(value, Iterable):
+        raise ValueError(f"stop_strings are texts, not {value!r}.")
     strings = (value,) if isinstance(value, str) else tuple(value or ())
     if not all(isinstance(one, str) and one for one in strings):
         raise ValueError(f"stop_strings are texts of at least one character, not {strings!r}.")
     return strings
 
 
-def _sampling(given: Mapping[str, Any], said: Mapping[str, Any]) -> Sampling:
-    penalty = said.get("repetition_penalty")
-    penalty = None if penalty == 1.0 else penalty
-    # A temperature given without a word on do_sample is meant to be used.
-    asked = any(given.get(name) is not None for name in SAMPLING)
-    sample = given.get("do_sample", True if asked else said.get("do_sample", False))
-    values = {name: said.get(name, default) for name, default in SAMPLING.items()}
-    if not sample or not values["temperature"]:
-        return Sampling(repetition_penalty=penalty)
-    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    return Sampling(
-        **{name: None if name in off and value == off[name] else value for name, value in values.items()},
-        repetition_penalty=penalty,
-    )
+def _samples(layers: Layers) -> bool:
+    """Whether tokens are drawn. Where do_sample is not said, a temperature and the like are meant to be used."""
+    *given, of_model = layers
+    for fields in given:
+        if "do_sample" in fields:
+            return bool(fields["do_sample"])
+        if any(name in fields for name in SAMPLING):
+            return True
+    return bool(of_model.get("do_sample", False))
+
+
+def _sampling(layers: Layers, said: Mapping[str, Any]) -> Sampling:
+    penalty = float(said.get("repetition_penalty", 1.0))
+    shaped = None if penalty == 1.0 else penalty
+    temperature = float(said.get("temperature", SAMPLING["temperature"]))
+    if not _samples(layers) or not temperature:
+        return Sampling(repetition_penalty=shaped)
+    top_k, top_p = int(said.get("top_k", SAMPLING["top_k"])), float(said.get("top_p", 1.0))
+    min_p = float(said.get("min_p", 0.0))
+    # Where they change nothing they cost nothing.
+    return Sampling(temperature, top_k or None, None if top_p == 1.0 else top_p, min_p or None, shaped)

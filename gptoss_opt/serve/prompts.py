@@ -44,7 +44,10 @@ class Limits:
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError("a prompt is a text: give its token ids, or a tokenizer.")
-            prompt = tokenizer(prompt)["input_ids"]
+            try:
+                prompt = tokenizer(prompt)["input_ids"]
+            except Exception as error:
+                raise ValueError(f"the tokenizer failed on the prompt: {error!r}") from error
         ids = self._ids(prompt)
         chosen = Options.of(len(ids), self.of_model, config, **options)
         if chosen.stop_strings and tokenizer is None:

@@ -62,7 +62,7 @@ class Runner:
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, batch: Batch) -> Tensor:
-        """The logits [S, V] after the tokens that are to be sampled after."""
+        """The logits [S, V] after the last token of each part."""
         check_reads_pages(self.model)
         inputs = self.tables.inputs(batch)
         if self.graphs is not None and not batch.chunks:

@@ -53,6 +53,8 @@ class Drawn(NamedTuple):
 
 def draw(logits: Tensor, draws: Tokens[Draw]) -> list[Drawn]:
     """A token for each row of logits [B, V]; what is read back from the device is read at once."""
+    if not draws:
+        return []
     largest, best = logits.max(-1)
     tokens = best
     if any(not one.options.sampling.greedy or _shaped(one) for one in draws):

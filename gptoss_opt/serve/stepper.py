@@ -60,10 +60,12 @@ class Stepper:
 
     def step(self) -> bool:
         """Make a step; False if there was nothing to do, or it is the thread's to make."""
+        self._check_apart()
         return not self.in_background and self._step()
 
     def forget(self) -> None:
         """Between two steps, forget what the pages hold."""
+        self._check_apart()
         with self._stepping:
             self.engine.scheduler.cache.forget(self.engine.scheduler.running)
 
@@ -113,9 +115,8 @@ class Stepper:
 
         Raises `GenerationError` where this rank followed, and failed.
         """
-        thread, me = self._thread, threading.get_ident()
-        if me == self._maker or (thread is not None and me == thread.ident):
-            raise RuntimeError("the batcher cannot be closed from within one of its steps.")
+        self._check_apart()
+        thread = self._thread
         with self._news:
             self._stopping = True
             self._news.notify_all()
@@ -133,6 +134,11 @@ class Stepper:
                 self.engine.dismiss(Answer())
             elif failed is not None:
                 self.check_open()
+
+    def _check_apart(self) -> None:
+        """Raise `RuntimeError` within a step, where waiting for it would never end."""
+        if threading.get_ident() in (self._maker, self._thread and self._thread.ident):
+            raise RuntimeError("the batcher cannot be used from within one of its own steps, only submitted to.")
 
     def _step(self) -> bool:
         with _interrupts_wait():

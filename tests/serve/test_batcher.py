@@ -6,8 +6,10 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -61,7 +63,7 @@ def test_generate_would_notice_other_pages(serve: Serve, prompts: Prompts, expec
     runner.tables.pages = runner.tables.pages.new_full(runner.tables.pages.shape, 1)
     wrong = batcher._stepper.engine.runner.tables
     told = type(wrong).inputs
-    wrong.inputs = lambda batch: told(wrong, type(batch)(batch.decoding, batch.chunks, batch.sampled, ((), ())))
+    wrong.inputs = lambda batch: told(wrong, type(batch)(batch.decoding, batch.chunks, batch.last, ((), ())))
     assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) != expected
 
 
@@ -213,6 +215,12 @@ def test_the_models_own_config_is_where_options_come_from(serve: Serve, prompts:
     assert batcher.submit(prompts[0], temperature=0).result() == expected[0][:7]
     assert batcher.submit(prompts[0], temperature=1e-45, max_new_tokens=7).result() == expected[0][:7]
     assert batcher.submit(prompts[0], do_sample=False, guidance_scale=1.0, num_beams=1).result() == expected[0][:7]
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=3)
+    assert len(batcher.submit([1] * 3, greedy, max_length=10).result()) == 7
+    assert batcher.submit(prompts[0], greedy, temperature=5.0, seed=1).result() != expected[0][:3]
+    assert batcher.submit(prompts[0], top_p=Fraction(1, 10**6), temperature=np.float16(1)).result() == expected[0][:7]
+    stops = batcher.generate(prompts[:1] * 2, greedy, stop_token_ids=iter([expected[0][1]]), progress=False)
+    assert stops == [expected[0][:2]] * 2
     configs = [GenerationConfig(max_new_tokens=n, do_sample=False) for n in (2, 3)]
     assert batcher.generate(prompts[:2], configs, progress=False) == [expected[0][:2], expected[1][:3]]
 
@@ -230,6 +238,9 @@ WRONG = {
     "part of a token": ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, and must be a whole number"),
     "part of a rank": ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5, and must be a whole number"),
     "part of a logprob": ({"logprobs": 2.5}, "logprobs is 2.5, and must be a whole number"),
+    "more than there are numbers": ({"temperature": 10**400}, "temperature is 1000.*, and must be a number"),
+    "no strings": ({"stop_strings": 5}, "stop_strings are texts, not 5"),
+    "less than one": ({"num_return_sequences": -1}, "num_return_sequences is -1"),
     "a word": ({"do_sample": "no"}, "do_sample is 'no', and must be True or False"),
     "no end": ({"temperature": math.inf}, "temperature is inf, and must be a number"),
     "zero that means something": ({"forced_eos_token_id": 0}, "does not implement forced_eos_token_id=0"),
@@ -246,6 +257,8 @@ def test_what_cannot_be_done_is_said(name: str, serve: Serve, prompts: Prompts) 
     batcher = serve()
     with pytest.raises(ValueError, match=message):
         batcher.submit(prompts[0], **options)
+    with pytest.raises(ValueError, match=message):
+        batcher.generate(prompts[:1], progress=False, **options)
     assert not batcher.step()
 
 

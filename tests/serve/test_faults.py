@@ -173,6 +173,11 @@ def test_a_tokenizer_that_fails_ends_one_request(serve: Serve, prompts: Prompts,
     with pytest.raises(GenerationError, match="the tokenizer failed on the new token: KeyError"):
         bad.result()
     assert good.result() == expected[0]
+    with pytest.raises(GenerationError, match="2 of 2 could not be .*: the tokenizer failed on the new tokens") as e:
+        batcher.generate(prompts[:2], max_new_tokens=NEW, tokenizer=Broken(), progress=False)
+    assert [one.tokens for one in e.value.results] == expected[:2]
+    with pytest.raises(ValueError, match="the tokenizer failed on the prompt: TypeError"):
+        batcher.submit("text", tokenizer=Broken())
 
 
 def test_a_loop_that_is_gone_holds_nobody_up(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
@@ -190,11 +195,12 @@ def test_a_loop_that_is_gone_holds_nobody_up(serve: Serve, prompts: Prompts, exp
         assert request.result(timeout=60) == expected[0]
 
 
-def test_to_close_from_within_a_step_is_refused(serve: Serve, prompts: Prompts) -> None:
+@pytest.mark.parametrize("what", ["close", "step", "clear_prefixes"])
+def test_to_wait_for_a_step_from_within_is_refused(what: str, serve: Serve, prompts: Prompts) -> None:
     model = tiny_model()
     with serve(model) as batcher:
-        hook = model.model.norm.register_forward_pre_hook(lambda *_: batcher.close())
-        with pytest.raises(GenerationError, match="cannot be closed from within one of its steps"):
+        hook = model.model.norm.register_forward_pre_hook(lambda *_: getattr(batcher, what)())
+        with pytest.raises(GenerationError, match="cannot be used from within one of its own steps"):
             batcher.submit(prompts[0]).result(timeout=60)
         hook.remove()
 
@@ -233,6 +239,12 @@ def test_logits_that_are_not_finite_end_one_request(serve: Serve, prompts: Promp
     with pytest.raises(GenerationError):
         batcher.submit([*stem, marked], max_new_tokens=NEW).result()
     assert batcher.submit([*stem, 3], max_new_tokens=NEW).result() == alone(tiny_model(), [*stem, 3])
+    # Nor while the prompt it is in goes on.
+    long = batcher.submit([*stem, marked, *[7] * 200], max_new_tokens=NEW)
+    batcher.step()
+    assert batcher.submit([*stem, 4], max_new_tokens=NEW).result() == alone(tiny_model(), [*stem, 4])
+    with pytest.raises(GenerationError):
+        long.result()
     assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == expected
 
 
