@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import Trainer, TrainingArguments
 
 from gptoss_opt import init_distributed, shard_experts, shard_tensor_parallel
@@ -76,3 +77,7 @@ if __name__ == "__main__":
     folder, size, *hows = sys.argv[1:]
     for one in hows:
         main(one, int(size), Path(folder, one))
+    # Nobody leaves while others still talk to it: threads that are alive at the exit may abort it.
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
