@@ -110,9 +110,9 @@ def why_not_captured(model: nn.Module) -> str | None:
 
 
 def packed_forward(
-    model: nn.Module, tokens: Tensor, positions: Tensor, paged: Mapping[str, Paged], sampled: Tensor
+    model: nn.Module, tokens: Tensor, positions: Tensor, paged: Mapping[str, Paged], last: Tensor
 ) -> Tensor:
-    """The logits [S, V] after the packed tokens `sampled` [S], of tokens and positions [T], by kind of layer."""
+    """The logits [S, V] after the packed tokens `last` [S], of tokens and positions [T], by kind of layer."""
     masks = dict(paged)
     out = model(
         input_ids=tokens[None],
@@ -120,6 +120,6 @@ def packed_forward(
         # A mapping by kind is handed to the layers as it is.
         attention_mask=masks,
         use_cache=False,
-        logits_to_keep=sampled,
+        logits_to_keep=last,
     )
     return cast(Tensor, out.logits[0])

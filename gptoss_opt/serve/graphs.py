@@ -63,7 +63,7 @@ class DecodeGraphs:
         _fill(buffers, inputs)
         if fresh:
             self._made[key] = buffers, self._capture(lambda: self._forward(buffers))
-        return self._made[key][1]()[inputs.sampled]
+        return self._made[key][1]()[inputs.last]
 
 
 def _rounded_up(number: int) -> int:
@@ -87,7 +87,7 @@ def _padding(like: Inputs, num_rows: int, width: int) -> Inputs:
         )
         for one in like.seen
     ]
-    everything = torch.arange(num_rows, device=like.sampled.device)
+    everything = torch.arange(num_rows, device=like.last.device)
     return Inputs(filled(like.tokens, 0), filled(like.positions, 0), everything, tuple(seen))
 
 

@@ -26,11 +26,12 @@ class Seen(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All that a forward takes: tokens and positions [T], which are sampled [S], and what each group sees."""
+    """All that a forward takes: tokens and positions [T], after which of them logits are wanted [S], and what each
+    group sees."""
 
     tokens: Tensor
     positions: Tensor
-    sampled: Tensor
+    last: Tensor
     seen: tuple[Seen, ...]
 
 
@@ -64,7 +65,7 @@ class Tables:
             "parts": [part.row for part in parts],
             "firsts": [part.first for part in parts],
             "lengths": [part.end for part in parts],
-            "sampled": list(batch.last),
+            "last": list(batch.last),
             **{f"told{n}": [new[n] for new in told] for n in range(4)},
         }
         at = self._sent(columns)
@@ -79,7 +80,7 @@ class Tables:
             firsts = at["firsts"] if group.window is not None else torch.zeros_like(at["firsts"])
             tables, chunks = self.pages[g, at["parts"], :width], _chunks(batch, group)
             seen.append(Seen(pages, places, tables, firsts.int(), at["lengths"].int(), chunks))
-        return Inputs(at["tokens"], at["positions"], at["sampled"], tuple(seen))
+        return Inputs(at["tokens"], at["positions"], at["last"], tuple(seen))
 
     def _sent(self, columns: Mapping[str, list[int]]) -> dict[str, Tensor]:
         """Lists of numbers as int64 tensors on the device, by one transfer."""

@@ -81,4 +81,4 @@ class Runner:
             group.kind: Paged(self.keys, self.values, *seen, self.backend)
             for group, seen in zip(self.groups, inputs.seen, strict=True)
         }
-        return packed_forward(self.model, inputs.tokens, inputs.positions, paged, inputs.sampled)
+        return packed_forward(self.model, inputs.tokens, inputs.positions, paged, inputs.last)
