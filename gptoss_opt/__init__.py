@@ -1,5 +1,6 @@
 """Composable wrappers that make a Hugging Face GPT-OSS model fast and small, and keep it the same model."""
 
+from .checkpoint import CheckpointError, gather_state_dict, load
 from .core import (
     BackendError,
     CompatibilityError,
@@ -12,9 +13,6 @@ from .core import (
     undo,
 )
 from .distributed import balance_experts, init_distributed
-from .load import load
-from .model.checkpoint import CheckpointError
-from .model.save import gather_state_dict
 from .serve import ContinuousBatcher, GenerationError
 from .version import __version__
 from .wrappers.expert_parallel import shard_experts

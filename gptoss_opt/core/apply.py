@@ -3,130 +3,160 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from .conflicts import holder_of
-from .edit import Journal
+from ..layout import Source, relayout
 from .errors import BackendError, IrreversibleError
-from .layout import Layout, Source
-from .move import move
+from .journal import Journal
 from .record import RECORD, Applied, Record, record_of, standing
-from .wrapper import Report, Wrapper
+from .resolve import Choose, Resolved, choosing, layout_for, resolve
+from .slots import holders, stands_by_for, working
+from .spec import Attachment, Report, Spec
 
-Wrappers = tuple[Wrapper, ...]
-"""In canonical order, validated."""
 
+def apply(model: nn.Module, wrappers: Sequence[Spec], source: Source | None = None) -> None:
+    """Put `wrappers` on `model`, beside what it has already.
 
-def move_to(model: nn.Module, target: Wrappers, prefix: int, source: Source | None = None) -> None:
-    """Make `target` what is on `model`. The first `prefix` stay; what is behind is taken off, and the rest attached.
-
-    On a failure half-way the model is put back as it was.
+    Everything is checked before anything is touched. Wrappers go on in canonical order: what stands behind the new
+    ones is taken off and put on again. On a failure half-way the model is put back as it was. The bytes of parameters
+    come from `source`; without one, from the model, and only those are moved that are to be held otherwise.
     """
-    before = tuple(applied.wrapper for applied in record_of(model).applied)
-    if stuck := [wrapper for wrapper in before[prefix:] if not wrapper.reversible and wrapper not in target]:
+    record, choose = model.__dict__.get(RECORD) or Record(), choosing(model)
+    present = tuple(applied.wrapper for applied in record.applied)
+    # What is there already, and as it should be, needs no checking: the model may have been compiled since.
+    unchanged = _num_in_place(model, record, present, choose) == len(present) and all(
+        new in present for new in wrappers
+    )
+    if source is None and unchanged:
+        return
+    target = resolve((*present, *wrappers), model, choose)
+    _switch(model, target, choose, source)
+
+
+def take_off(model: nn.Module, names: Sequence[str]) -> None:
+    """Take the wrappers of these names off `model`. The others keep their backends, wherever the model was moved."""
+    record = record_of(model)
+    chosen = {applied.wrapper: applied.journal.choice for applied in record.applied if not applied.holder}
+    choose: Choose = lambda wrapper: chosen[wrapper] if wrapper in chosen else wrapper.choice(model)  # noqa: E731
+    stuck = [one.wrapper for one in record.applied if one.wrapper.name in names and not one.wrapper.reversible]
+    if stuck:
         raise IrreversibleError(
             f"{', '.join(map(repr, stuck))} cannot be taken off: it dropped data. Reload the model and wrap it anew."
         )
-    layout = layout_for(target, model)
-    record = model.__dict__.setdefault(RECORD, Record())
-    # What modules compute with lies under all that wrappers put around them, and goes by how parameters are held.
-    prefix = prefix if layout.mesh is None and record.layout.mesh is None else 0
-    held, old = record.held, record.layout
-    moved = None
-    try:
-        _detach_from(model, record, prefix)
-        if not prefix:
-            record.laid_out.undo(model)
-        moved = move(model, held, layout, source)
-        record.held = moved.held
-        _attach_all(model, record, layout, target)
-    except BaseException:
-        _detach_from(model, record, prefix)
-        if not prefix:
-            record.laid_out.undo(model)
-        if moved:
-            moved.undo()
-        record.held = held
-        _attach_all(model, record, old, before)
-        raise
-    finally:
-        if not record.applied:
-            for host, journal in reversed(record.private):
-                host.release(model, journal)
-            del model.__dict__[RECORD]
+    if names:
+        kept = tuple(applied.wrapper for applied in record.applied if applied.wrapper.name not in names)
+        choices = {wrapper: choose(wrapper) for wrapper in working(kept)}
+        target = Resolved.of(kept, choices, layout_for(kept, model), model)
+        _switch(model, target, choose)
 
 
-def layout_for(target: Sequence[Wrapper], model: nn.Module) -> Layout:
-    """How all wrappers of a stack together want the parameters of a model held."""
-    working = (wrapper for wrapper in target if not holder_of(wrapper, target))
-    return functools.reduce(lambda layout, wrapper: wrapper.layout(model, layout), working, Layout())
+def _num_in_place(model: nn.Module, record: Record, target: Sequence[Spec], choose: Choose) -> int:
+    """How many wrappers of `target`, from the first, are on the model as they should be.
 
-
-def length_of_prefix(model: nn.Module, record: Record, target: Wrappers, *, choose_anew: bool = True) -> int:
-    """How many wrappers of `target` are on the model as they should be.
-
-    One whose changes no longer stand, because the user set something else since, is not; nor is, if asked to
-    `choose_anew`, one that would choose another backend now.
+    One whose changes no longer stand, because the user set something else since, is not; nor is one whose backend would
+    be another now, as the model was moved or cast since.
     """
     if not all(how.stands(model, parameter) for parameter, how in record.held.items()):
         return 0
     there = zip(record.applied, target, standing(record, model), strict=False)
-    for length, (applied, wanted, stands) in enumerate(there):
-        if applied.wrapper != wanted or applied.holder != holder_of(wanted, target) or not stands:
-            return length
-        if choose_anew and _outdated(applied, model):
-            return length
+    for number, (applied, wanted, stands) in enumerate(there):
+        if applied.wrapper != wanted or applied.holder != stands_by_for(wanted, target) or not stands:
+            return number
+        if not applied.holder and not _still_chosen(choose, applied):
+            return number
     return min(len(record.applied), len(target))
 
 
-def _outdated(applied: Applied, model: nn.Module) -> bool:
-    """Whether another backend is to be chosen now, or none: the model was moved or cast since."""
-    if applied.holder:
-        return False
+def _still_chosen(choose: Choose, applied: Applied) -> bool:
     try:
-        choice = applied.wrapper.choice(model)
+        return choose(applied.wrapper) == applied.journal.choice
     except BackendError:
-        return True
-    return choice is not None and choice != applied.report.choice
+        return False
 
 
-def _detach_from(model: nn.Module, record: Record, length: int) -> None:
-    while len(record.applied) > length:
+def _switch(model: nn.Module, target: Resolved, choose: Choose, source: Source | None = None) -> None:
+    """Make `target` what is on `model`. What is in place stays; the wrappers behind come off, and the rest go on.
+
+    On a failure half-way the model is put back as it was.
+    """
+    record = model.__dict__.setdefault(RECORD, Record())
+    # What was attached for another layout, or among other ranks, is attached anew.
+    same = (record.layout, record.mesh) == (target.layout, target.mesh)
+    num_kept = _num_in_place(model, record, target.wrappers, choose) if same else 0
+    choices = {applied.wrapper: applied.journal.choice for applied in record.applied}
+    before = Resolved(tuple(choices), choices, record.layout, record.mesh)
+    states = {applied.wrapper: applied.journal.state for applied in record.applied}
+    held, relaid = record.held, None
+    try:
+        _detach_from(model, record, num_kept)
+        relaid = relayout(model, held, target.layout, target.mesh, source)
+        record.held = relaid.held
+        _attach_all(model, record, target, states)
+    except BaseException:
+        _detach_from(model, record, num_kept)
+        if relaid:
+            relaid.undo()
+        record.held = held
+        _attach_all(model, record, before, states)
+        raise
+    finally:
+        if not record.applied:
+            for host, journal in reversed(record.own):
+                host.release(model, journal)
+            del model.__dict__[RECORD]
+
+
+def _detach_from(model: nn.Module, record: Record, number: int) -> None:
+    """Take off the wrappers from this number on, the last first."""
+    while len(record.applied) > number:
         record.applied[-1].journal.undo(model)
         record.applied.pop()
+    record.told.undo(model)
 
 
-def _attach_all(model: nn.Module, record: Record, layout: Layout, target: Wrappers) -> None:
-    record.layout = layout
-    if layout.mesh is not None and not record.laid_out.edits:
-        record.laid_out, _ = _journaled(model, functools.partial(layout.mesh.lay_out, model, layout))
-    for wrapper in target[len(record.applied) :]:
-        if holder := holder_of(wrapper, target):
+def _attach_all(model: nn.Module, record: Record, target: Resolved, states: Mapping[Spec, Any]) -> None:
+    """Attach the wrappers of `target` behind those that are on the model."""
+    record.layout, record.mesh = target.layout, target.mesh
+    held = holders(working(target.wrappers))
+    for wrapper in target.wrappers[len(record.applied) :]:
+        journal = Attachment(choice=target.choices.get(wrapper), state=states.get(wrapper))
+        if holder := stands_by_for(wrapper, target.wrappers):
             report = Report((f"stands by: {holder[0]!r} holds {holder[1]}",))
-            record.applied.append(Applied(wrapper, Journal(), report, holder))
+            record.applied.append(Applied(wrapper, journal, report, holder))
             continue
-        if not any(type(host) is type(wrapper.host) for host, _ in record.private):
-            own = _journaled(model, functools.partial(wrapper.host.privatise, model))[0]
-            record.private.append((wrapper.host, own))
-        journal, report = _journaled(model, functools.partial(_attach, model, wrapper))
-        record.applied.append(Applied(wrapper, journal, report))
+        _own_config(model, record, wrapper)
+        defaults = [fill for slot, fill in wrapper.defaults.items() if held[slot] == wrapper]
+        _journaled(model, journal, functools.partial(_attach, model, record, wrapper, defaults))
+    if record.layout.new:
+        for host, _ in record.own:
+            _journaled(model, record.told, functools.partial(host.tell_new, model, record.layout.new))
 
 
-def _attach(model: nn.Module, wrapper: Wrapper, journal: Journal) -> Report:
+def _own_config(model: nn.Module, record: Record, wrapper: Spec) -> None:
+    if not any(type(host) is type(wrapper.host) for host, _ in record.own):
+        own = Journal()
+        _journaled(model, own, functools.partial(wrapper.host.own_config, model))
+        record.own.append((wrapper.host, own))
+
+
+def _attach(
+    model: nn.Module, record: Record, wrapper: Spec, defaults: Sequence[Callable[..., Any]], journal: Attachment
+) -> None:
+    filled = [sentence for fill in defaults for sentence in fill(model, journal)]
     report = wrapper.attach(model, journal)
     if not isinstance(report, Report):
         raise TypeError(f"{wrapper!r}: attach returned a {type(report).__name__}, not a Report.")
-    return report
+    choice = report.choice or journal.choice
+    record.applied.append(Applied(wrapper, journal, Report((*report.changed, *filled), choice)))
 
 
-def _journaled(model: nn.Module, change: Callable[[Journal], Any]) -> tuple[Journal, Any]:
-    """Make a change, and return its journal and result; if it fails, what it did is undone."""
-    journal = Journal()
+def _journaled(model: nn.Module, journal: Any, change: Callable[[Any], Any]) -> None:
+    """Make a change through a journal; if it fails, what it did is undone."""
     try:
-        return journal, change(journal)
+        change(journal)
     except BaseException:
         journal.undo(model)
         raise

@@ -99,6 +99,5 @@ def explain(model: nn.Module) -> Explanation:
     record = record_of(inner)
     rows = tuple(map(_row, record.applied, standing(record, inner)))
     count = f"{len(rows)} wrapper{'s' * (len(rows) > 1)}" if rows else "no wrappers"
-    mesh = record.layout.mesh
-    ranks = f"; {mesh.describe(inner)}" if mesh else ""
+    ranks = f"; {record.mesh.describe(inner)}" if record.mesh else ""
     return Explanation(f"{type(inner).__name__}: {count}{ranks}", rows)

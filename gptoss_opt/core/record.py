@@ -7,22 +7,28 @@ from typing import Any
 
 from torch import nn
 
-from .edit import Journal
-from .layout import Layout
-from .move import Held
-from .wrapper import Host, Report, Wrapper
+from ..layout import Held, Layout, Mesh
+from .journal import Journal
+from .spec import Attachment, Host, Report, Spec
 
 RECORD = "_gptoss_opt_record"
 
 
 @dataclass
 class Applied:
-    """One wrapper on a model: what it changed, what it has to say about it, and for whom it stands by, if it does."""
+    """One wrapper on a model.
 
-    wrapper: Wrapper
-    journal: Journal
+    Attributes:
+        wrapper: what it is.
+        journal: what it changed, and what it keeps.
+        report: what it has to say about that.
+        holder: the wrapper that it stands by for and the slot that one holds, if it stands by.
+    """
+
+    wrapper: Spec
+    journal: Attachment
     report: Report
-    holder: tuple[Wrapper, str] | None = None
+    holder: tuple[Spec, str] | None = None
 
 
 @dataclass
@@ -30,17 +36,19 @@ class Record:
     """What is on a model.
 
     Attributes:
-        private: by host, how the model got its own copy of what it may share.
-        layout: how the parameters are to be held.
-        held: those that are not plain dense ones, by the name they have when they are.
-        laid_out: what was changed so that modules compute with what this rank holds.
+        own: by host, how the model got its own copy of what it may share.
+        layout: how every parameter is to be held.
+        mesh: the ranks of the layout's axes, if it has any.
+        held: how the parameters that are not plain are held, by the name they have when they are.
+        told: how the model was told which parameters are new.
         applied: the wrappers.
     """
 
-    private: list[tuple[Host, Journal]] = field(default_factory=list[tuple[Host, Journal]])
+    own: list[tuple[Host, Journal]] = field(default_factory=list[tuple[Host, Journal]])
     layout: Layout = field(default_factory=Layout)
+    mesh: Mesh | None = None
     held: dict[str, Held] = field(default_factory=dict[str, Held])
-    laid_out: Journal = field(default_factory=Journal)
+    told: Journal = field(default_factory=Journal)
     applied: list[Applied] = field(default_factory=list[Applied])
 
 
@@ -57,7 +65,7 @@ def record_of(model: nn.Module) -> Record:
 
 
 def held_by(model: nn.Module) -> dict[str, Held]:
-    """The parameters of a model that are not plain dense ones, by the name they have when they are."""
+    """How the parameters of a model that are not plain are held, by the name they have when they are."""
     return dict(record_of(model).held)
 
 
@@ -66,11 +74,16 @@ def layout_of(model: nn.Module) -> Layout:
     return record_of(model).layout
 
 
+def mesh_of(model: nn.Module) -> Any:
+    """The ranks that hold a model together, bound when its stack was applied; None if this process holds all of it."""
+    return record_of(model).mesh
+
+
 def standing(record: Record, model: nn.Module) -> list[bool]:
     """For each wrapper, whether all its changes still stand, or the user has changed one of them since.
 
     What a later wrapper has set over an earlier one's change leaves that standing.
     """
-    below: dict[tuple[str, str], Any] = {}
-    intact = [[edit.intact(model, below) for edit in reversed(one.journal.edits)] for one in reversed(record.applied)]
+    found: dict[tuple[str, str], Any] = {}
+    intact = [[edit.intact(model, found) for edit in reversed(one.journal.edits)] for one in reversed(record.applied)]
     return [all(edits) for edits in reversed(intact)]

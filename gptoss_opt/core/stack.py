@@ -1,22 +1,42 @@
-"""Stacks: wrappers in canonical order, validated, applied to a model and taken off it."""
+"""Wrappers and stacks of them as the user holds them: called on a model, a function, or nothing."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, overload
+from typing import Any, TypeVar, cast, overload
 
 from torch import nn
 
-from .apply import length_of_prefix, move_to
-from .conflicts import conflicts, holder_of
-from .errors import BackendError, CompatibilityError
-from .layout import Source
-from .record import RECORD, Record, record_of, wrapped_model
-from .wrapper import WRAPPERS, Built, Model, Wrapper
+from ..layout import Layout
+from .apply import apply, take_off
+from .record import record_of, wrapped_model
+from .resolve import layout_for, validated
+from .spec import WRAPPERS, Spec
+
+Model = TypeVar("Model", bound=nn.Module)
+Built = TypeVar("Built")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Wrapper(Spec):
+    """Base of all wrappers: what one says of itself is in `Spec`, and called on a model it is applied.
+
+    Example:
+        >>> isinstance(with_flash_attention(), Wrapper)
+        True
+    """
+
+    @overload
+    def __call__(self, target: Model) -> Model: ...
+    @overload
+    def __call__(self, target: Callable[..., Built]) -> Callable[..., Built]: ...
+    def __call__(self, target: Any) -> Any:
+        """Apply to a model (the same object is returned), or decorate a function that returns one."""
+        return _applied_to(target, (self,), repr(self))
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,14 @@ class Stack:
 
     wrappers: tuple[Wrapper, ...] = ()
 
+    @overload
+    def __call__(self, target: Model) -> Model: ...
+    @overload
+    def __call__(self, target: Callable[..., Built]) -> Callable[..., Built]: ...
+    def __call__(self, target: Any) -> Any:
+        """Apply to a model (the same object is returned), or decorate a function that returns one."""
+        return _applied_to(target, self.wrappers, repr(self.wrappers[0]) if len(self) == 1 else repr(self))
+
     def __iter__(self) -> Iterator[Wrapper]:
         return iter(self.wrappers)
 
@@ -43,34 +71,22 @@ class Stack:
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.wrappers))})"
 
-    @overload
-    def __call__(self, target: Model) -> Model: ...
-    @overload
-    def __call__(self, target: Callable[..., Built]) -> Callable[..., Built]: ...
-    def __call__(self, target: Any) -> Any:
-        """Apply to a model (the same object is returned), or decorate a function that returns one."""
-        label = repr(self.wrappers[0]) if len(self) == 1 else repr(self)
-        if isinstance(target, nn.Module):
-            return apply(target, self.wrappers)
-        if inspect.isclass(target):
-            raise TypeError(
-                f"{label} was given the class {target.__name__}, not a model. Build one first: "
-                f"{target.__name__}.from_pretrained(...) or {target.__name__}(config)."
-            )
-        if isinstance(target, Wrapper | Stack):
-            raise TypeError(f"{label} was given {target!r}, not a model. Join wrappers with compose(...).")
-        if not callable(target):
-            raise TypeError(f"{label} was given a {type(target).__name__}, not a model or a function that returns one.")
+    def layout(self, model: nn.Module) -> Layout:
+        """How every parameter of `model` would be held. Touches nothing, and needs no other process.
 
-        @functools.wraps(target)
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            model = target(*args, **kwargs)
-            if not isinstance(model, nn.Module):
-                name = getattr(target, "__name__", repr(target))
-                raise TypeError(f"{label} decorates {name}(), which returned a {type(model).__name__}, not a model.")
-            return apply(model, self.wrappers)
+        Args:
+            model: of which shapes and dtypes are read; it may be on the meta device.
 
-        return factory
+        Raises:
+            LayoutError: two of the wrappers ask for what cannot be both.
+            ValueError: the number of ranks is not given, and there is no process group to tell.
+
+        Example:
+            >>> layout = compose(shard_tensor_parallel(degree=2), with_mxfp4_experts()).layout(model)
+            >>> layout.axes, layout.max_bytes()
+            ((Axis(name='tp', degree=2, data_parallel=False),), 207840)
+        """
+        return layout_for(self.wrappers, model)
 
     def to_json(self) -> str:
         """The stack as JSON: a list of `{"wrapper": name, "options": {option: value, ...}}`."""
@@ -92,7 +108,7 @@ class Stack:
         return compose(*(_from_json(row["wrapper"], row["options"]) for row in rows))
 
 
-def _from_json(name: str, options: dict[str, Any]) -> Wrapper:
+def _from_json(name: str, options: dict[str, Any]) -> Any:
     if name not in WRAPPERS:
         raise ValueError(f"there is no wrapper {name!r}. Known are {', '.join(sorted(WRAPPERS))}.")
     known = {option.name for option in fields(WRAPPERS[name])}
@@ -112,6 +128,33 @@ def _from_lists(value: Any) -> Any:
     return tuple(map(_from_lists, value)) if isinstance(value, list) else value
 
 
+def _applied_to(target: Any, wrappers: tuple[Spec, ...], label: str) -> Any:
+    """A model with wrappers on it, or a function that returns such a model; `label` names the wrappers in errors."""
+    if isinstance(target, nn.Module):
+        apply(target, wrappers)
+        return target
+    if inspect.isclass(target):
+        raise TypeError(
+            f"{label} was given the class {target.__name__}, not a model. Build one first: "
+            f"{target.__name__}.from_pretrained(...) or {target.__name__}(config)."
+        )
+    if isinstance(target, Wrapper | Stack):
+        raise TypeError(f"{label} was given {target!r}, not a model. Join wrappers with compose(...).")
+    if not callable(target):
+        raise TypeError(f"{label} was given a {type(target).__name__}, not a model or a function that returns one.")
+
+    @functools.wraps(target)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        model = target(*args, **kwargs)
+        if not isinstance(model, nn.Module):
+            name = getattr(target, "__name__", repr(target))
+            raise TypeError(f"{label} decorates {name}(), which returned a {type(model).__name__}, not a model.")
+        apply(model, wrappers)
+        return model
+
+    return factory
+
+
 def stack_of(model: nn.Module) -> Stack:
     """The stack on `model`, or on the model inside it; the empty stack if nothing was applied.
 
@@ -119,7 +162,7 @@ def stack_of(model: nn.Module) -> Stack:
         >>> stack_of(with_flash_attention(model))
         compose(with_flash_attention())
     """
-    return Stack(tuple(applied.wrapper for applied in record_of(model).applied))
+    return Stack(cast(tuple[Wrapper, ...], tuple(applied.wrapper for applied in record_of(model).applied)))
 
 
 def compose(*wrappers: Wrapper | Stack) -> Stack:
@@ -140,101 +183,7 @@ def compose(*wrappers: Wrapper | Stack) -> Stack:
         else:
             hint = f" Write {item.__name__}()." if inspect.isfunction(item) else ""
             raise TypeError(f"compose takes wrappers, not {item!r}.{hint}")
-    return resolve(flat)
-
-
-def resolve(wrappers: Iterable[Wrapper], model: nn.Module | None = None) -> Stack:
-    """The validated stack of these wrappers, on this model if one is given. Pure: touches nothing.
-
-    Equal wrappers count once. All problems are collected, then raised together as one `CompatibilityError`.
-    """
-    stack, problems = _examined(wrappers, model)
-    if problems:
-        raise CompatibilityError(problems)
-    return Stack(tuple(stack))
-
-
-def _examined(wrappers: Iterable[Wrapper], model: nn.Module | None) -> tuple[list[Wrapper], list[str]]:
-    """The wrappers in canonical order, and what stands in the way."""
-    distinct: list[Wrapper] = []
-    for wrapper in wrappers:
-        if wrapper not in distinct:
-            distinct.append(wrapper)
-    stack = sorted(distinct, key=lambda wrapper: (wrapper.phase, wrapper.name))
-    problems = list(conflicts(stack))
-    if model is not None:
-        problems += _model_problems(stack, model)
-    return stack, problems
-
-
-def fail_together(stack: Stack, error: Exception) -> None:
-    """Tell the other processes, which are about to agree on a stack, that this one has no model to apply it to."""
-    for wrapper in stack:
-        if wrapper.confer(None, stack.wrappers, [f"{type(error).__name__}: {error}"]):
-            return
-
-
-def agreed(wrappers: Iterable[Wrapper], model: nn.Module) -> Stack:
-    """`resolve`, with the other processes that hold the model together, if there are any."""
-    stack, problems = _examined(wrappers, model)
-    for wrapper in stack:
-        if found := wrapper.confer(model, stack, problems):
-            problems += found
-            break
-    if problems:
-        raise CompatibilityError(problems)
-    return Stack(tuple(stack))
-
-
-def _model_problems(stack: list[Wrapper], model: nn.Module) -> list[str]:
-    if compiled := _why_compiled(model):
-        return [compiled]
-    # What is wrong with the kind of model is said once, not once per wrapper, and makes arithmetic pointless.
-    hosts = dict.fromkeys(wrapper.host.why_not(model) for wrapper in stack)
-    if wrong := [reason for reason in hosts if reason]:
-        return wrong
-    if inside := [path for path, module in model.named_modules() if path and RECORD in module.__dict__]:
-        return [
-            f".{inside[0]} inside this model is wrapped already. undo(model.{inside[0]}), then wrap the whole model."
-        ]
-    working = [wrapper for wrapper in stack if not holder_of(wrapper, stack)]
-    return [f"{wrapper!r}: {problem}" for wrapper in working for problem in _problems_of(wrapper, model)]
-
-
-def _problems_of(wrapper: Wrapper, model: nn.Module) -> list[str]:
-    # What is on the model has been checked on the model as it was without it. But it may have been moved since.
-    if wrapper not in stack_of(model) and (problems := list(wrapper.check(model))):
-        return problems
-    try:
-        wrapper.choice(model)
-    except BackendError as error:
-        return [str(error)]
-    return []
-
-
-def _why_compiled(model: nn.Module) -> str | None:
-    # Both marks of torch.compile: the module it returns, and the call that model.compile() puts in place.
-    if hasattr(model, "_orig_mod"):
-        return "this model is already torch.compiled. Wrap the model first, then torch.compile what you get."
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        return "this model is already compiled by model.compile(). Wrap the model first, then compile it."
-    return None
-
-
-def apply(model: Model, wrappers: Sequence[Wrapper], source: Source | None = None) -> Model:
-    """Put `wrappers` on `model`, beside what it has already, and return the same object.
-
-    Everything is checked before anything is touched. Wrappers go on in canonical order: what stands behind the new
-    ones is taken off and put on again. On a failure half-way the model is put back as it was. The bytes of what is
-    laid out anew come from `source`; without one, from the model.
-    """
-    record = model.__dict__.get(RECORD) or Record()
-    present = tuple(applied.wrapper for applied in record.applied)
-    # What is there already, and as it should be, needs no checking: the model may have been compiled since.
-    if length_of_prefix(model, record, present) < len(present) or any(new not in present for new in wrappers):
-        target = agreed((*present, *wrappers), model).wrappers
-        move_to(model, target, length_of_prefix(model, record, target), source)
-    return model
+    return Stack(cast(tuple[Wrapper, ...], validated(flat)))
 
 
 def undo(model: Model, *wrappers: Wrapper | Stack | str | Callable[..., Any]) -> Model:
@@ -259,9 +208,7 @@ def undo(model: Model, *wrappers: Wrapper | Stack | str | Callable[..., Any]) ->
     present = [wrapper.name for wrapper in stack_of(model)]
     if missing := [name for name in names if name not in present]:
         raise ValueError(f"{', '.join(missing)} is not on this model. It has {', '.join(present) or 'no wrappers'}.")
-    kept = [wrapper for wrapper in stack_of(model) if wrappers and wrapper.name not in names]
-    inner, target = wrapped_model(model), resolve(kept).wrappers
-    move_to(inner, target, length_of_prefix(inner, record_of(inner), target, choose_anew=False))
+    take_off(wrapped_model(model), names if wrappers else present)
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..load import load
+from ..checkpoint import load
 from ..model.experts import expert_parameters
 from .measure import Wrap, compare, load_eager
 from .report import DecodeResult

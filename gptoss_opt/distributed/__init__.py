@@ -1,4 +1,4 @@
-"""Several processes on one model: how sizes are split, meshes, and collectives that autograd sees through."""
+"""Several processes on one model: meshes, how sizes are split, local shards, and what ranks send each other."""
 
 from .agreement import disagreements
 from .collectives import (
@@ -7,30 +7,34 @@ from .collectives import (
     all_reduce_gradient,
     all_reduce_output,
     all_to_all,
+    exchange_counts,
     mean_gradient,
 )
-from .mesh import axis_name, axis_of, check_axis, degree_of, init_distributed, ranks_of, why_no_axis
-from .model_mesh import ModelMesh, Sum, attributes
+from .local import Rule, attributes, with_local_parameters
+from .mesh import axis_of, bound_axis, check_axis, init_distributed, ranks_of, why_no_axis
+from .model_mesh import ModelMesh, Region
 from .split import balance_experts, split
 
 __all__ = [
     "ModelMesh",
-    "Sum",
+    "Region",
+    "Rule",
     "add_once",
     "all_gather_last",
     "all_reduce_gradient",
     "all_reduce_output",
     "all_to_all",
     "attributes",
-    "axis_name",
     "axis_of",
     "balance_experts",
+    "bound_axis",
     "check_axis",
-    "degree_of",
     "disagreements",
+    "exchange_counts",
     "init_distributed",
     "mean_gradient",
     "ranks_of",
     "split",
     "why_no_axis",
+    "with_local_parameters",
 ]

@@ -13,8 +13,8 @@ from torch import distributed
 _MEETINGS: Counter[tuple[int, ...]] = Counter()
 """How often this rank has met with which ranks."""
 
-MOST = 5
-"""Disagreements that are spelled out."""
+MAX_SHOWN = 5
+"""How many disagreements are spelled out."""
 
 GONE = json.dumps(None)
 """What a rank says in a meeting after it has given up waiting, so that nobody who comes later takes it for present."""
@@ -72,14 +72,14 @@ def _meet(store: Any, rank: int, ranks: tuple[int, ...], mine: str) -> dict[int,
 def _differences(said: Mapping[int, Mapping[str, str]]) -> Iterator[str]:
     everything = dict.fromkeys(key for statement in said.values() for key in statement)
     differ = [what for what in everything if len({statement.get(what) for statement in said.values()}) > 1]
-    for what in differ[:MOST]:
+    for what in differ[:MAX_SHOWN]:
         values: dict[str, list[int]] = {}
         for rank, statement in said.items():
             values.setdefault(statement.get(what, "nothing"), []).append(rank)
         each = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in values.items())
         yield f"the ranks disagree on {what}: {each}. Give all ranks the same."
-    if len(differ) > MOST:
-        yield f"and on {len(differ) - MOST} more, such as {differ[MOST]}."
+    if len(differ) > MAX_SHOWN:
+        yield f"and on {len(differ) - MAX_SHOWN} more, such as {differ[MAX_SHOWN]}."
 
 
 def _seconds(time: timedelta) -> str:

@@ -1,8 +1,8 @@
-"""Collectives that autograd sees through.
+"""All that ranks send each other: the one place that calls torch.distributed's collectives.
 
-In tensor parallelism each rank computes its own part of one result from the same input. Forward, the parts of the
-result are summed; backward, the parts of the input's gradient are (Shoeybi et al. 2019, Megatron-LM, section 3, where
-these two are called g and f).
+Most are such that autograd sees through them. In tensor parallelism each rank computes its own part of one result from
+the same input. Forward, the parts of the result are summed; backward, the parts of the input's gradient are (Shoeybi et
+al. 2019, Megatron-LM, section 3, where these two are called g and f).
 """
 
 from __future__ import annotations
@@ -142,3 +142,48 @@ def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: P
         `[sum(received), ...]`, those of rank 0 first.
     """
     return cast(Tensor, _AllToAll.apply(x, list(sent), list(received), group))
+
+
+def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
+    """How many rows each rank of a group sends here, given how many this one sends to each; both int64 [ranks]."""
+    arriving = torch.empty_like(counts)
+    distributed.all_to_all_single(arriving, counts, group=group)
+    return arriving
+
+
+def broadcast(tensor: Tensor, group: ProcessGroup) -> None:
+    """Overwrite `tensor` with that of the first rank of a group."""
+    distributed.broadcast(tensor, group=group, group_src=0)
+
+
+def broadcast_object(value: Any, group: ProcessGroup) -> Any:
+    """What the first rank of a group gives; anything that can be pickled."""
+    values = [value]
+    distributed.broadcast_object_list(values, group=group, group_src=0)
+    return values[0]
+
+
+def all_gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], rank: int, group: ProcessGroup) -> list[Tensor]:
+    """The parts that the ranks of a group hold, on all of them. Parts may be uneven.
+
+    Args:
+        local: the part of this rank.
+        shapes: of each rank's part.
+        rank: the place of this one in the group.
+        group: the ranks.
+    """
+    parts = [local.contiguous() if other == rank else local.new_empty(shape) for other, shape in enumerate(shapes)]
+    for other, part in enumerate(parts):
+        distributed.broadcast(part, group=group, group_src=other)
+    return parts
+
+
+def gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], rank: int, group: ProcessGroup) -> list[Tensor] | None:
+    """As `all_gather_parts`, on the first rank of the group; None on the others."""
+    if rank:
+        distributed.send(local.contiguous(), group=group, group_dst=0)
+        return None
+    parts = [local, *(local.new_empty(shape) for shape in shapes[1:])]
+    for other, part in enumerate(parts[1:], 1):
+        distributed.recv(part, group=group, group_src=other)
+    return parts

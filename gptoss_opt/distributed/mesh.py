@@ -14,10 +14,15 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..layout import Axis
+
 TIMEOUT = timedelta(minutes=3)
 """How long a rank waits for the others: short enough for a person to wait for it."""
 
 LAUNCH = "torchrun --nproc-per-node 2 your_script.py"
+
+NEIGHBOURS = "tp"
+"""The axis of neighbouring processes, where a degree was given and no mesh."""
 
 
 def init_distributed(
@@ -81,9 +86,9 @@ def check_axis(mesh: object, degree: object, what: str) -> None:
         raise ValueError(f"{what}: degree is {degree!r}. Give a number of ranks, from 1 up.")
 
 
-def axis_name(mesh: DeviceMesh) -> str:
-    """The name of a mesh axis."""
-    return str(cast(Any, mesh).mesh_dim_names[0])
+def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The names of the axes of a mesh."""
+    return tuple(cast(Any, mesh).mesh_dim_names)
 
 
 def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.device) -> str | None:
@@ -106,7 +111,7 @@ def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.devic
     if mesh.get_coordinate() is None:
         return f"rank {distributed.get_rank()} is not in the mesh, which has the ranks {mesh.mesh.tolist()}."
     if degree is not None and degree != mesh.size():
-        return f"degree={degree}, but axis {axis_name(mesh)!r} of the mesh has {mesh.size()} ranks. Give one of them."
+        return f"degree={degree}, but axis {names_of(mesh)[0]!r} of the mesh has {mesh.size()} ranks. Give one of them."
     if mesh.device_type != device.type:
         return (
             f"the mesh is of {mesh.device_type} ranks, and the model is on {device}. Move the model first, or make a "
@@ -115,12 +120,19 @@ def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.devic
     return None
 
 
-def degree_of(mesh: DeviceMesh | None, degree: int | None) -> int:
-    """Over how many ranks a model is spread."""
-    return mesh.size() if mesh is not None else degree or distributed.get_world_size()
+def axis_of(mesh: DeviceMesh | None, degree: int | None, *, data_parallel: bool = False) -> Axis:
+    """The axis over which a model is spread, as data: needs no other process.
+
+    Raises `ValueError` if there is neither mesh nor degree, and no process group to tell the number of ranks.
+    """
+    if mesh is not None:
+        return Axis(names_of(mesh)[0], mesh.size(), data_parallel)
+    if degree is None and not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(f"no process group tells how many ranks there are. Give degree, or start with {LAUNCH}")
+    return Axis(NEIGHBOURS, degree or distributed.get_world_size(), data_parallel)
 
 
-def axis_of(mesh: DeviceMesh | None, degree: int | None, device: torch.device) -> DeviceMesh:
+def bound_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.device) -> DeviceMesh:
     """The mesh axis: the one given, or neighbouring processes; groups of them are data parallel to each other."""
     if mesh is not None:
         return mesh
@@ -137,8 +149,8 @@ def _world() -> ProcessGroup:
 @functools.lru_cache
 def _neighbours(replicas: int, degree: int, kind: str, world: ProcessGroup) -> DeviceMesh:
     if replicas == 1:
-        return init_device_mesh(kind, (degree,), mesh_dim_names=("tp",))
-    return init_device_mesh(kind, (replicas, degree), mesh_dim_names=("dp", "tp"))["tp"]
+        return init_device_mesh(kind, (degree,), mesh_dim_names=(NEIGHBOURS,))
+    return init_device_mesh(kind, (replicas, degree), mesh_dim_names=("dp", NEIGHBOURS))[NEIGHBOURS]
 
 
 def root_of(mesh: DeviceMesh) -> DeviceMesh:
@@ -149,8 +161,8 @@ def root_of(mesh: DeviceMesh) -> DeviceMesh:
 def join(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
     """The mesh of the axes of both. Raises `ValueError` unless they are axes of one mesh."""
     root = root_of(first)
-    names = (*cast(Any, first).mesh_dim_names, *cast(Any, second).mesh_dim_names)
-    ordered = tuple(name for name in cast(Any, root).mesh_dim_names if name in names)
+    names = (*names_of(first), *names_of(second))
+    ordered = tuple(name for name in names_of(root) if name in names)
     if root != root_of(second) or set(ordered) != set(names):
         raise ValueError(
             f"{first} and {second} are no axes of one mesh. Give the same axis to both, or make a mesh of two: "

@@ -6,13 +6,12 @@ with no error. A key must not contain "flash" or "sdpa": transformers rewrites t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -29,8 +28,15 @@ from ..kernels.attention import (
     starts_from_positions,
 )
 from .host import config_paths
+from .modules import decoder_path
 
 KEY = "gptoss_opt:{}"
+
+ATTENTION = "the attention computation"
+"""A slot of a model: see `Wrapper`."""
+
+STARTS = "gptoss_opt_starts"
+"""The keyword under which a forward hands its layers where packed sequences begin."""
 
 
 def attention_request(model: nn.Module) -> AttentionRequest:
@@ -40,7 +46,7 @@ def attention_request(model: nn.Module) -> AttentionRequest:
 
 
 def why_no_flash(model: nn.Module) -> Iterator[str]:
-    """What this model asks of attention that no flash kernel does."""
+    """Say what this model asks of attention that no flash kernel does."""
     config = cast(PreTrainedModel, model).config
     if config.attention_dropout:
         yield (
@@ -61,39 +67,70 @@ def set_attention(model: nn.Module, backend: str, journal: Journal) -> tuple[str
     before, key = cast(PreTrainedModel, model).config._attn_implementation, KEY.format(backend)
     for path in config_paths(model):
         journal.set(model, path, "_attn_implementation", key)
-    decoder = cast(PreTrainedModel, model).base_model
-    path = next(path for path, module in model.named_modules() if module is decoder)
-    journal.add_pre_hook(model, path, check_call)
+    path = decoder_path(model)
+    journal.add_pre_hook(model, path, prepare_call)
     return (
         f"config._attn_implementation: {before} -> {key}, on the model's own copy of the config",
         f"{path or 'the model'}: a forward pre-hook that refuses what attention cannot do, such as output_attentions",
     )
 
 
-def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of the decoder: refuses what attention cannot do, once per forward."""
+PARAMETERS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+"""The positional parameters of the decoder's forward."""
+
+
+def prepare_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A forward pre-hook of the decoder, for what is the same in all layers.
+
+    It refuses what attention cannot do, and finds where packed sequences begin.
+    """
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions=True: no flash kernel computes the attention weights. "
             "Take the wrapper off first: undo(model, with_flash_attention)."
         )
-    if torch.compiler.is_compiling():
-        return
-    # A tensor may be written to in ways that leave its version as it was; no reading outlives a forward.
-    _READ.clear()
-    cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if cu_q is None and cu_k is None:
-        return
+    given = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
+    starts = _starts(given)
+    return None if starts is None else (args, {**kwargs, STARTS: starts})
+
+
+def _starts(given: Mapping[str, Any]) -> Tensor | None:
+    """Where the sequences of packed rows begin, integer [B or 1, T]; None if nothing is packed."""
+    cu_q, cu_k = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
+    positions, mask, cache = (given.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
+    if cu_q is not None or cu_k is not None:
+        tokens = given.get("input_ids")
+        tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
+        if not torch.compiler.is_compiling():
+            _check_cu_seq_lens(cu_q, cu_k, tokens, cache)
+        return starts_from_cu_seq_lens(cast(Tensor, cu_q), tokens.shape[1])
+    if isinstance(mask, Mapping):  # by kind of layer, made by `generate` or for pages: they see the same padding
+        mask = next(iter(mask.values()))
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or isinstance(mask, Paged):
+        return None
+    # Reading the positions makes a GPU wait. While tracing they cannot be read: they may restart.
+    if _readable(positions) and not bool((positions[:, 1:] <= positions[:, :-1]).any()):
+        return None
+    return starts_from_positions(positions, _valid(mask, cache, positions))
+
+
+def _valid(mask: object, cache: Any, positions: Tensor) -> Tensor | None:
+    """Which of the tokens of these positions [B, T] are no padding, bool; None if all are."""
+    num_queries = positions.shape[1]
+    first: Any = cache.get_seq_length() if cache is not None else 0
+    if isinstance(mask, Visible):
+        first, mask = mask.q_start, mask.keys
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    first = mask.shape[1] - num_queries if first is None else first
+    return mask.bool()[:, torch.arange(num_queries, device=mask.device) + first]
+
+
+def _check_cu_seq_lens(cu_q: Tensor | None, cu_k: Tensor | None, tokens: Tensor, cache: Any) -> None:
     if cu_q is None:
         raise ValueError("cu_seq_lens_k was given without cu_seq_lens_q: give both.")
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    _check_cu_seq_lens(cu_q, cu_k, tokens if tokens is not None else kwargs["inputs_embeds"][..., 0])
-    cache = kwargs.get("past_key_values")
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError("packed sequences (cu_seq_lens_q) cannot continue a cache: give each whole, without one.")
-
-
-def _check_cu_seq_lens(cu_q: Tensor, cu_k: Tensor | None, tokens: Tensor) -> None:
     batch, length = tokens.shape
     if batch != 1:
         raise ValueError(f"cu_seq_lens_q packs sequences into one row, but the batch has {batch} rows.")
@@ -107,6 +144,8 @@ def _check_cu_seq_lens(cu_q: Tensor, cu_k: Tensor | None, tokens: Tensor) -> Non
             "cu_seq_lens_k differs from cu_seq_lens_q: packed sequences that continue a cache are not supported. "
             "Give each packed sequence whole, without a cache."
         )
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError("packed sequences (cu_seq_lens_q) cannot continue a cache: give each whole, without one.")
 
 
 def mask_for_attention(
@@ -178,8 +217,7 @@ def attention_forward(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    position_ids: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
+    gptoss_opt_starts: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D] to ([B, T, H, D], no weights)."""
@@ -207,48 +245,15 @@ def attention_forward(
     visible = attention_mask if isinstance(attention_mask, Visible) else Visible(mask=attention_mask)
     if visible.keys is not None and visible.keys.shape[1] != key.shape[2]:
         raise ValueError(f"attention_mask tells of {visible.keys.shape[1]} tokens, but there are {key.shape[2]} keys.")
-    if visible.mask is None and query.shape[2] > 1:
-        visible = visible._replace(starts=_starts(visible, query, position_ids, cu_seq_lens_q))
+    if gptoss_opt_starts is not None and visible.mask is None and query.shape[2] > 1:
+        visible = visible._replace(starts=gptoss_opt_starts.expand(len(query), -1))
     out = attention(query, key, value, sinks, scale=scaling, window=sliding_window, visible=visible, backend=backend)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _starts(visible: Visible, query: Tensor, position_ids: Tensor | None, cu_q: Tensor | None) -> Tensor | None:
-    """Where the sequences of a packed row begin [B, T], or None if nothing is packed."""
-    batch, _, num_queries, _ = query.shape
-    if cu_q is not None:
-        return starts_from_cu_seq_lens(cu_q, num_queries)
-    if position_ids is None or position_ids.ndim != 2 or not _may_restart(position_ids):
-        return None
-    valid = None
-    if visible.keys is not None:
-        slot = visible.keys.shape[1] - num_queries if visible.q_start is None else visible.q_start
-        valid = visible.keys[:, torch.arange(num_queries, device=query.device) + slot]
-    return starts_from_positions(position_ids, valid).expand(batch, -1)
 
 
 def _readable(tensor: Tensor) -> bool:
     """Whether the values of a tensor can be looked at: not while tracing, and not if it has none."""
     return not torch.compiler.is_compiling() and not tensor.is_meta
-
-
-_READ: Any = WeakTensorKeyDictionary()
-
-
-def _may_restart(position_ids: Tensor) -> bool:
-    """Whether the positions restart anywhere; while tracing they cannot be read, so they may.
-
-    All layers are handed the same tensor, and reading it makes a GPU wait: it is read once.
-    """
-    if not _readable(position_ids):
-        return True
-    version = None if position_ids.is_inference() else position_ids._version
-    # Looked up once: a forward in another thread may clear the memory at any time.
-    read, restarts = _READ.get(position_ids, (None, False))
-    if version is None or read != version:
-        restarts = bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
-        _READ[position_ids] = version, restarts
-    return bool(restarts)
 
 
 for _backend in BACKENDS:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..core.edit import Journal, SetAttribute
+from ..core.journal import Journal, SetAttribute
 
 MODEL_TYPE = "gpt_oss"
+IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
 
 
 def is_gpt_oss(module: object) -> bool:
@@ -32,7 +35,7 @@ class GptOss:
             return f"{name} is a {model.config.model_type} model: only {MODEL_TYPE} models can be wrapped."
         return f"{name} is not a GPT-OSS model: give a GptOssForCausalLM (or another GptOss class of transformers)."
 
-    def privatise(self, model: nn.Module, journal: Journal) -> None:
+    def own_config(self, model: nn.Module, journal: Journal) -> None:
         """Give the model and its parts copies of their configs (usually one), which nothing outside shares."""
         copies: dict[int, PreTrainedConfig] = {}
         for path, module in model.named_modules():
@@ -45,6 +48,17 @@ class GptOss:
         edits = (edit for edit in journal.edits if isinstance(edit, SetAttribute))
         if all(vars(edit.new) == vars(edit.old) for edit in edits):
             journal.undo(model)
+
+    def tell_new(self, model: nn.Module, parameters: Sequence[str], journal: Journal) -> None:
+        """Let `save_pretrained` leave out the parameters that wrappers brought."""
+        ignored = {*(getattr(model, IGNORED_ON_SAVE, None) or ()), *parameters}
+        journal.set(model, "", IGNORED_ON_SAVE, ignored)
+
+
+def config_of(model: object) -> dict[str, Any]:
+    """What the config of a Hugging Face model says that differs from the defaults, but for where it comes from."""
+    config = model.config.to_diff_dict() if isinstance(model, PreTrainedModel) else {}
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def config_paths(model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..core import layout_of
+from ..core import mesh_of
 from ..distributed import ModelMesh
 from ..kernels.attention import Paged
 from .attention import KEY
@@ -71,7 +71,7 @@ def key_shape(model: nn.Module) -> KeyShape:
     """The shape of this model's keys."""
     attention = cast(Any, model).base_model.layers[0].self_attn
     weight = attention.k_proj.weight
-    mesh = layout_of(model).mesh
+    mesh = mesh_of(model)
     if mesh is not None and mesh.holds(weight):
         weight = mesh.local(weight)
     return KeyShape(weight.shape[0] // attention.head_dim, attention.head_dim, weight.dtype, weight.device)
@@ -94,7 +94,7 @@ def generation_config_of(model: nn.Module) -> GenerationConfig:
 
 def model_mesh(model: nn.Module) -> ModelMesh | None:
     """The ranks that hold the model together, or None for a single one."""
-    mesh = layout_of(model).mesh
+    mesh = mesh_of(model)
     assert mesh is None or isinstance(mesh, ModelMesh)
     return mesh
 

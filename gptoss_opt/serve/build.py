@@ -63,7 +63,7 @@ def build_engine(
         room = SHARE_OF_CPU * psutil.virtual_memory().available
     num_pages = min(int(room / bytes_of_page), most)
     if mesh is not None:
-        num_pages = mesh.from_first(num_pages)
+        num_pages = mesh.broadcast_from_first(num_pages)
     if num_pages < len(groups):
         raise ValueError(
             f"kv_memory of {int(room):,} bytes is less than a page of {page_size} tokens for each kind of layer takes, "

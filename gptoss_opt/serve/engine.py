@@ -147,7 +147,7 @@ class Engine:
         """On another rank than the first: compute what it says, until it dismisses."""
         assert self.mesh is not None
         while True:
-            said = self.mesh.from_first(None)
+            said = self.mesh.broadcast_from_first(None)
             if isinstance(said, Answer):
                 return said
             if isinstance(said, Batch):
@@ -166,7 +166,7 @@ class Engine:
 
     def _tell(self, said: Any) -> None:
         if self.mesh is not None and self._meets:
-            self.mesh.from_first(said)
+            self.mesh.broadcast_from_first(said)
 
     def _draw_of(self, sequence: Sequence) -> Draw:
         request = self.requests[sequence]

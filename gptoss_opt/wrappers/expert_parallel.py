@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import Choice, CompatibilityError, Journal, Layout, Phase, Report, Wrapper, choose, layout_of
-from ..core.wrapper import Built, Host, Model
-from ..distributed import axis_name, axis_of, check_axis, degree_of, why_no_axis
+from ..core import Attachment, Built, Choice, Host, Model, Phase, Report, Spec, Wrapper, choose, layout_of, mesh_of
+from ..distributed import axis_of, check_axis, why_no_axis
 from ..kernels.experts import DENSE_BACKENDS
-from ..model.dispatch import Placement
-from ..model.experts import experts_request, set_experts, why_no_experts
+from ..layout import Axis, Layout, Mesh
+from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
 from ..model.host import GPT_OSS
-from ..model.parallel import attach_expert_parallel, expert_parallel_layout, placements_of, why_no_expert_parallel
-from ..model.sharded import confer, device_of, mesh_of, over_axis, set_sharded, why_held_otherwise
+from ..parallel import sharded
+from ..parallel.dispatch import ExpertPlacement
+from ..parallel.experts import attach_placed_experts, placed_experts_layout, placements_of, why_no_expert_parallel
 
 DISPATCHES = ("all_reduce", "all_to_all")
 
@@ -29,11 +29,13 @@ class ExpertParallel(Wrapper):
     mesh: DeviceMesh | None = None
     degree: int | None = None
     dispatch: str = "all_reduce"
-    placement: str | tuple[Placement, ...] = "contiguous"
+    placement: str | tuple[ExpertPlacement, ...] = "contiguous"
 
     name: ClassVar[str] = "shard_experts"
-    phase: ClassVar[Phase] = Phase.LAYOUT
+    phase: ClassVar[Phase] = Phase.PARALLEL
     host: ClassVar[Host] = GPT_OSS
+    # transformers' own computation of the experts knows of none that are elsewhere.
+    defaults: ClassVar[Mapping[str, Any]] = {**sharded.DEFAULTS, EXPERTS: fill_experts}
     provides: ClassVar[tuple[str, ...]] = ("shards",)
     reversible: ClassVar[bool] = False
 
@@ -49,39 +51,36 @@ class ExpertParallel(Wrapper):
                 "degree) gives."
             )
 
+    @property
+    def axis(self) -> Axis:
+        """The axis over which the experts are spread."""
+        return axis_of(self.mesh, self.degree, data_parallel=self.dispatch == "all_to_all")
+
     def check(self, model: nn.Module) -> Iterable[str]:
-        if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
+        if problem := why_no_axis(self.mesh, self.degree, sharded.device_of(model)):
             return [problem]
-        degree = degree_of(self.mesh, self.degree)
         return [
-            *why_held_otherwise(model),
+            *sharded.why_held_otherwise(model),
             *why_no_experts(model),
-            *why_no_expert_parallel(model, degree, self.placement),
+            *why_no_expert_parallel(model, self.axis.degree, self.placement),
         ]
 
     def choice(self, model: nn.Module) -> Choice:
         return choose(DENSE_BACKENDS, experts_request(model), "auto", self.name)
 
-    def confer(self, model: nn.Module | None, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
-        return confer(self.mesh, model, stack, problems)
+    def confer(self, model: nn.Module | None, stack: Sequence[Spec], problems: Sequence[str]) -> list[str] | None:
+        return sharded.confer(self.mesh, model, stack, problems)
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
-        axis = axis_of(self.mesh, self.degree, device_of(model))
-        try:
-            layout = over_axis(layout, axis, own_tokens=self.dispatch == "all_to_all")
-        except ValueError as error:
-            raise CompatibilityError([f"{self!r}: {error}"]) from error
-        placements = placements_of(model, axis.size(), self.placement)
-        return expert_parallel_layout(model, layout, axis_name(axis), placements)
+        placements = placements_of(model, self.axis.degree, self.placement)
+        return placed_experts_layout(model, layout.over(self.axis), self.axis, placements)
 
-    def attach(self, model: nn.Module, journal: Journal) -> Report:
-        mesh, axis = mesh_of(model), axis_name(axis_of(self.mesh, self.degree, device_of(model)))
-        choice = self.choice(model)
-        # transformers' own computation knows of no experts that are elsewhere.
-        changed = set_experts(model, choice.backend, journal)
-        met = attach_expert_parallel(model, layout_of(model), mesh, axis, self.dispatch, journal)
-        set_sharded(model, mesh, journal)
-        return Report((*met, *changed), choice)
+    def bind(self, model: nn.Module, mesh: Mesh | None) -> Mesh:
+        return sharded.bind(model, mesh, self.mesh, self.degree, own_tokens=self.axis.data_parallel)
+
+    def attach(self, model: nn.Module, journal: Attachment) -> Report:
+        mesh, axis = mesh_of(model), self.axis.name
+        return Report((attach_placed_experts(model, layout_of(model), mesh, axis, self.dispatch, journal),))
 
 
 @overload

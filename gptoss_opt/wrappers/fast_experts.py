@@ -8,10 +8,9 @@ from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import Choice, Journal, Phase, Report, Wrapper, check_name, choose
-from ..core.wrapper import Built, Host, Model
+from ..core import Attachment, Built, Choice, Host, Model, Phase, Report, Wrapper, check_name, choose
 from ..kernels.experts import DENSE_BACKENDS
-from ..model.experts import experts_request, set_experts, why_no_experts
+from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
 from ..model.host import GPT_OSS
 
 
@@ -24,7 +23,7 @@ class FastExperts(Wrapper):
     name: ClassVar[str] = "with_fast_experts"
     phase: ClassVar[Phase] = Phase.COMPUTE
     host: ClassVar[Host] = GPT_OSS
-    yields: ClassVar[tuple[str, ...]] = ("the experts computation",)
+    yields: ClassVar[tuple[str, ...]] = (EXPERTS,)
 
     def __post_init__(self) -> None:
         check_name(DENSE_BACKENDS, self.backend, self.name)
@@ -35,9 +34,8 @@ class FastExperts(Wrapper):
     def choice(self, model: nn.Module) -> Choice:
         return choose(DENSE_BACKENDS, experts_request(model), self.backend, self.name)
 
-    def attach(self, model: nn.Module, journal: Journal) -> Report:
-        choice = self.choice(model)
-        return Report(set_experts(model, choice.backend, journal), choice)
+    def attach(self, model: nn.Module, journal: Attachment) -> Report:
+        return Report(fill_experts(model, journal))
 
 
 @overload

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import Choice, Journal, Phase, Report, Wrapper, check_name, choose
-from ..core.wrapper import Built, Host, Model
+from ..core import Attachment, Built, Choice, Host, Model, Phase, Report, Wrapper, check_name, choose
 from ..kernels.attention import BACKENDS
-from ..model.attention import attention_request, set_attention, why_no_flash
+from ..model.attention import ATTENTION, attention_request, set_attention, why_no_flash
 from ..model.host import GPT_OSS
 
 
@@ -24,7 +23,7 @@ class FlashAttention(Wrapper):
     name: ClassVar[str] = "with_flash_attention"
     phase: ClassVar[Phase] = Phase.COMPUTE
     host: ClassVar[Host] = GPT_OSS
-    claims: ClassVar[tuple[str, ...]] = ("the attention computation",)
+    claims: ClassVar[tuple[str, ...]] = (ATTENTION,)
 
     def __post_init__(self) -> None:
         check_name(BACKENDS, self.backend, self.name)
@@ -35,9 +34,9 @@ class FlashAttention(Wrapper):
     def choice(self, model: nn.Module) -> Choice:
         return choose(BACKENDS, attention_request(model), self.backend, self.name)
 
-    def attach(self, model: nn.Module, journal: Journal) -> Report:
-        choice = self.choice(model)
-        return Report(set_attention(model, choice.backend, journal), choice)
+    def attach(self, model: nn.Module, journal: Attachment) -> Report:
+        assert journal.choice is not None
+        return Report(set_attention(model, journal.choice.backend, journal))
 
 
 @overload

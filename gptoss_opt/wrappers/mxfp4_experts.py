@@ -9,14 +9,16 @@ from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import Choice, Held, Journal, Layout, Phase, Report, Wrapper, check_name, choose, held_by
-from ..core.wrapper import Built, Host, Model
+from ..core import Attachment, Built, Choice, Host, Model, Phase, Report, Wrapper, check_name, choose, held_by
 from ..kernels.experts import PACKED_BACKENDS
+from ..layout import MXFP4, Held, Layout
 from ..model.experts import (
-    MXFP4,
+    EXPERT_WEIGHTS,
+    EXPERTS,
+    PACKED_FORMAT,
     expert_parameters,
     experts_request,
-    set_experts,
+    fill_experts,
     set_packed_format,
     why_no_packing,
 )
@@ -32,7 +34,7 @@ class Mxfp4Experts(Wrapper):
     name: ClassVar[str] = "with_mxfp4_experts"
     phase: ClassVar[Phase] = Phase.LAYOUT
     host: ClassVar[Host] = GPT_OSS
-    claims: ClassVar[tuple[str, ...]] = ("the experts computation",)
+    claims: ClassVar[tuple[str, ...]] = (EXPERT_WEIGHTS, EXPERTS, PACKED_FORMAT)
     provides: ClassVar[tuple[str, ...]] = ("packed experts",)
 
     def __post_init__(self) -> None:
@@ -47,10 +49,8 @@ class Mxfp4Experts(Wrapper):
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
         return layout.store(expert_parameters(model), MXFP4.name)
 
-    def attach(self, model: nn.Module, journal: Journal) -> Report:
-        choice = self.choice(model)
-        changed = (*set_experts(model, choice.backend, journal), *set_packed_format(model, journal))
-        return Report((*_packing(held_by(model)), *changed), choice)
+    def attach(self, model: nn.Module, journal: Attachment) -> Report:
+        return Report((*_packing(held_by(model)), *fill_experts(model, journal), *set_packed_format(model, journal)))
 
 
 def _packing(held: dict[str, Held]) -> list[str]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import CompatibilityError, Journal, Layout, Phase, Report, Wrapper, layout_of
-from ..core.wrapper import Built, Host, Model
-from ..distributed import axis_name, axis_of, check_axis, degree_of, why_no_axis
+from ..core import Attachment, Built, Host, Model, Phase, Report, Spec, Wrapper, layout_of, mesh_of
+from ..distributed import axis_of, check_axis, why_no_axis
+from ..layout import Axis, Layout, Mesh
 from ..model.host import GPT_OSS
-from ..model.parallel import attach_tensor_parallel, tensor_parallel_layout, why_no_tensor_parallel
-from ..model.sharded import confer, device_of, mesh_of, over_axis, set_sharded, why_held_otherwise
+from ..parallel import sharded
+from ..parallel.tensor import (
+    attach_attention,
+    attach_sliced_experts,
+    attention_layout,
+    sliced_experts_layout,
+    why_no_tensor_parallel,
+)
+from ..parallel.vocabulary import attach_vocabulary, vocabulary_layout
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -27,39 +34,45 @@ class TensorParallel(Wrapper):
     lm_head: bool = True
 
     name: ClassVar[str] = "shard_tensor_parallel"
-    phase: ClassVar[Phase] = Phase.LAYOUT
+    phase: ClassVar[Phase] = Phase.PARALLEL
     host: ClassVar[Host] = GPT_OSS
+    defaults: ClassVar[Mapping[str, Any]] = sharded.DEFAULTS
     provides: ClassVar[tuple[str, ...]] = ("shards",)
     reversible: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_axis(self.mesh, self.degree, self.name)
 
-    def check(self, model: nn.Module) -> Iterable[str]:
-        if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
-            return [problem]
-        degree = degree_of(self.mesh, self.degree)
-        problems = why_no_tensor_parallel(model, degree, experts=self.experts, vocabulary=self.lm_head)
-        return [*why_held_otherwise(model), *problems]
+    @property
+    def axis(self) -> Axis:
+        """The axis over which the model is spread."""
+        return axis_of(self.mesh, self.degree)
 
-    def confer(self, model: nn.Module | None, stack: Sequence[Wrapper], problems: Sequence[str]) -> list[str]:
-        return confer(self.mesh, model, stack, problems)
+    def check(self, model: nn.Module) -> Iterable[str]:
+        if problem := why_no_axis(self.mesh, self.degree, sharded.device_of(model)):
+            return [problem]
+        problems = why_no_tensor_parallel(model, self.axis.degree, experts=self.experts, vocabulary=self.lm_head)
+        return [*sharded.why_held_otherwise(model), *problems]
+
+    def confer(self, model: nn.Module | None, stack: Sequence[Spec], problems: Sequence[str]) -> list[str] | None:
+        return sharded.confer(self.mesh, model, stack, problems)
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
-        axis = axis_of(self.mesh, self.degree, device_of(model))
-        try:
-            layout = over_axis(layout, axis)
-        except ValueError as error:
-            raise CompatibilityError([f"{self!r}: {error}"]) from error
-        return tensor_parallel_layout(
-            model, layout, axis_name(axis), axis.size(), experts=self.experts, vocabulary=self.lm_head
-        )
+        layout = attention_layout(model, layout.over(self.axis), self.axis)
+        if self.experts:
+            layout = sliced_experts_layout(model, layout, self.axis)
+        return vocabulary_layout(model, layout, self.axis) if self.lm_head else layout
 
-    def attach(self, model: nn.Module, journal: Journal) -> Report:
-        mesh, axis = mesh_of(model), axis_name(axis_of(self.mesh, self.degree, device_of(model)))
-        met = attach_tensor_parallel(model, layout_of(model), mesh, axis, journal)
-        set_sharded(model, mesh, journal)
-        return Report(met)
+    def bind(self, model: nn.Module, mesh: Mesh | None) -> Mesh:
+        return sharded.bind(model, mesh, self.mesh, self.degree)
+
+    def attach(self, model: nn.Module, journal: Attachment) -> Report:
+        mesh, axis, layout = mesh_of(model), self.axis.name, layout_of(model)
+        sums = attach_attention(model, mesh, axis, journal) + attach_sliced_experts(model, layout, mesh, axis, journal)
+        hidden: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        met = [f"{sums} all-reduces of [tokens, {hidden}], after attention and experts"]
+        met += attach_vocabulary(model, layout, mesh, axis, journal)
+        return Report(tuple(f"each forward, over axis {axis!r}: {line}" for line in met))
 
 
 @overload

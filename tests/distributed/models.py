@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptoss_opt.core import layout_of
-from gptoss_opt.model.save import splits_of
+from gptoss_opt.core import mesh_of
+from gptoss_opt.checkpoint.save import splits_of
 from tests.helpers import ids, tiny_model
 
 UNEVEN = {
@@ -25,7 +25,7 @@ UNEVEN = {
 
 def whole(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Tensors that are held as the parameters of `model` are, gathered on the first rank; nothing elsewhere."""
-    mesh: Any = layout_of(model).mesh
+    mesh = mesh_of(model)
     splits = splits_of(model)
     found = {name: mesh.gather(mesh.local(tensor), splits[name]) for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -41,8 +41,8 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
-from gptoss_opt.model import safetensors_file
-from gptoss_opt.model.checkpoint import Checkpoint
+from gptoss_opt.checkpoint import reader as safetensors_file
+from gptoss_opt.checkpoint import Checkpoint
 from tests.distributed.models import UNEVEN
 from tests.distributed.ranks import RankError, Ranks
 from tests.distributed.test_sharding import LOAD, WRAPS, balanced, mesh_2d
@@ -533,7 +533,7 @@ def after_a_failure() -> None:
     model = tiny_model(**UNEVEN)
     before = {path: set(module.__dict__) for path, module in model.named_modules()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptoss_opt.wrappers.tensor_parallel.set_sharded", None)
+        patch.setattr("gptoss_opt.wrappers.tensor_parallel.attach_attention", None)
         with pytest.raises(TypeError):
             shard_tensor_parallel(model)
     assert {path: set(module.__dict__) for path, module in model.named_modules()} == before

@@ -27,8 +27,9 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
-from gptoss_opt.distributed import Sum, add_once, model_mesh
-from gptoss_opt.model import dispatch
+from gptoss_opt.distributed import Region, add_once
+from gptoss_opt.distributed import local as local_shards
+from gptoss_opt.parallel import dispatch
 from tests.distributed.models import UNEVEN, expected, measured, on_rank, whole
 from tests.distributed.ranks import Ranks
 from tests.helpers import GOLDEN, ids, relative, tiny_model
@@ -176,21 +177,21 @@ LEFT_OUT = {
 
 
 def broken(what: str, wrap: str) -> dict[str, Any]:
-    into, out, once, places = Sum.into, Sum.out, add_once, dispatch.PartOfExperts.places
+    into, out, once, places = Region.copy_to_region, Region.reduce_from_region, add_once, dispatch.PartOfExperts.places
     try:
         if what == "an all-reduce":
-            Sum.out = lambda self, x: x
+            Region.reduce_from_region = lambda self, x: x
         elif what == "the gradient into a product":
-            Sum.into = lambda self, x: x
+            Region.copy_to_region = lambda self, x: x
         elif what == "the router's gradient":
-            Sum.into = lambda self, x: x if x.shape[-1] == 2 else into(self, x)
+            Region.copy_to_region = lambda self, x: x if x.shape[-1] == 2 else into(self, x)
         elif what == "a bias once":
-            model_mesh.add_once = lambda x, here: x
+            local_shards.add_once = lambda x, here: x
         elif what == "whose expert it is":
-            dispatch.PartOfExperts.places = lambda self, indices: (indices * 0 + self.added.rank, indices % 2)
+            dispatch.PartOfExperts.places = lambda self, indices: (indices * 0 + self.region.rank, indices % 2)
         return on_rank(WRAPS[wrap])
     finally:
-        Sum.into, Sum.out, model_mesh.add_once = into, out, once
+        Region.copy_to_region, Region.reduce_from_region, local_shards.add_once = into, out, once
         dispatch.PartOfExperts.places = places
 
 

@@ -12,7 +12,7 @@ from torch import distributed
 from transformers import Trainer, TrainingArguments
 
 from gptoss_opt import init_distributed, shard_experts, shard_tensor_parallel
-from gptoss_opt.distributed import model_mesh
+from gptoss_opt.distributed import local as model_mesh
 from tests.distributed.models import UNEVEN
 from tests.helpers import ids, tiny_model
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gptoss_opt
-from gptoss_opt.core.wrapper import WRAPPERS
+from gptoss_opt.core import WRAPPERS
 from tests.helpers import GOLDEN, group_of_one, ids, tiny_model
 
 ROOT = Path(__file__).parents[2]

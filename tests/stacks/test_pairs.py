@@ -8,7 +8,7 @@ import torch
 
 import gptoss_opt
 from gptoss_opt import CompatibilityError, compose, stack_of
-from gptoss_opt.core.wrapper import WRAPPERS
+from gptoss_opt.core import WRAPPERS
 from tests.helpers import group_of_one, ids, tiny_model
 
 ALL = [getattr(gptoss_opt, name) for name in sorted(WRAPPERS) if hasattr(gptoss_opt, name)]

@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gptoss_opt import CompatibilityError, IrreversibleError, Stack, Wrapper, compose, explain, stack_of, undo
-from gptoss_opt.core import BackendError, Choice, Phase, Report, choose
-from gptoss_opt.core.wrapper import WRAPPERS
+from gptoss_opt.core import WRAPPERS, BackendError, Choice, Phase, Report, choose
 
 
 class Toy(nn.Module):
@@ -325,11 +324,13 @@ def test_a_host_that_fails_leaves_nothing() -> None:
         def why_not(self, model):
             return None
 
-        def privatise(self, model, journal):
+        def own_config(self, model, journal):
             journal.set(model, "", "settings", "half")
             raise RuntimeError("no")
 
         def release(self, model, journal): ...
+
+        def tell_new(self, model, parameters, journal): ...
 
     @dataclass(frozen=True, kw_only=True, repr=False)
     class Hosted(Greedy):

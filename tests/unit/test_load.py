@@ -31,8 +31,8 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
-from gptoss_opt.model import checkpoint as checkpoint_module
-from gptoss_opt.model.checkpoint import Checkpoint
+from gptoss_opt.checkpoint import folder as checkpoint_module
+from gptoss_opt.checkpoint import Checkpoint
 from gptoss_opt.testing import random_checkpoint
 from tests.helpers import ids, relative, tiny_config, tiny_model
 
@@ -231,7 +231,7 @@ def test_each_byte_is_read_once(
 
 
 def test_what_stays_packed_is_never_unpacked(packed: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptoss_opt.model import experts
+    from gptoss_opt.layout import mxfp4 as experts
 
     calls: list[str] = []
     unpack = experts.unpack

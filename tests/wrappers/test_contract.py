@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GptOssForCausalLM
 
 import gptoss_opt
 from gptoss_opt import CompatibilityError, IrreversibleError, Stack, compose, explain, stack_of, undo
-from gptoss_opt.core import STORAGES, WRAPPERS, Layout
+from gptoss_opt.core import WRAPPERS
+from gptoss_opt.layout import STORAGES, Layout
 from tests.helpers import WINDOW, group_of_one, ids, local, loss_and_gradients, relative, tiny_config, tiny_model
 
 # What shards a model does so among the ranks of a process group, here of this process alone.

@@ -21,7 +21,7 @@ from gptoss_opt import (
     with_mxfp4_experts,
 )
 from gptoss_opt.core import Phase
-from gptoss_opt.model.experts import MXFP4
+from gptoss_opt.layout import MXFP4
 from tests.helpers import ids, relative, tiny_model
 
 

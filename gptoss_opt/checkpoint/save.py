@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from ..core import held_by, layout_of, stored_splits
-from ..distributed import ModelMesh
-from .safetensors_writer import Described, SafetensorsWriter, index_of, plan_files
+from ..core import held_by, layout_of, mesh_of
+from ..layout import Split
+from .writer import Described, SafetensorsWriter, index_of, plan_files
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -43,13 +43,11 @@ def gather_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
         >>> shapes["model.embed_tokens.weight"]
         torch.Size([128, 64])
     """
-    mesh = layout_of(model).mesh
-    splits = splits_of(model)
+    mesh, splits = mesh_of(model), splits_of(model)
     for name, tensor in cast(dict[str, Tensor], model.state_dict(keep_vars=True)).items():
         if mesh is None:
             yield name, tensor.detach()
             continue
-        assert isinstance(mesh, ModelMesh)
         if not isinstance(tensor, DTensor):  # a buffer
             yield name, tensor.detach() if mesh.is_first else None
             continue
@@ -62,14 +60,11 @@ def gather_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
         yield name, mesh.gather(mesh.local(tensor), splits.get(name, [])) if mesh.in_first_replica else None
 
 
-def splits_of(model: nn.Module) -> dict[str, list[Any]]:
+def splits_of(model: nn.Module) -> dict[str, list[Split]]:
     """How the tensors of a model are split, by the names they have in `state_dict()`."""
-    found = {}
-    for parameter, how in held_by(model).items():
-        path, _, name = parameter.rpartition(".")
-        for there in how.names(name):
-            found[f"{path}.{there}" if path else there] = stored_splits(how.form)
-    return found
+    return {
+        name: how.form.stored_splits() for parameter, how in held_by(model).items() for name in how.names(parameter)
+    }
 
 
 def save_pretrained(
@@ -104,25 +99,24 @@ def save_pretrained(
                 f"save_pretrained({option}={value!r}) is not served on a sharded model. Save without it: what is "
                 "written is an ordinary checkpoint, which transformers loads and saves as you like."
             )
-    mesh = layout_of(model).mesh
-    assert isinstance(mesh, ModelMesh)
-    most, problem, failed = _num_bytes(max_shard_size), None, None
+    mesh = mesh_of(model)
+    max_bytes, problem, failed = _num_bytes(max_shard_size), None, None
     tensors = gather_state_dict(model)
     if mesh.is_first:
         try:
-            _write(model, Path(save_directory), most, tensors)
+            _write(model, Path(save_directory), max_bytes, tensors)
         except Exception as error:  # whatever it is: the others are not to wait, and it is raised below
             problem, failed = f"{type(error).__name__}: {error}", error
     for _ in tensors:  # the others', and what is left after a failure
         pass
-    problem = mesh.from_first(problem)
+    problem = mesh.broadcast_from_first(problem)
     if failed:
         raise failed
     if problem:
         raise OSError(f"rank 0 could not write the checkpoint to {os.fspath(save_directory)!r} ({problem}).")
 
 
-def _write(model: Any, folder: Path, most: int, tensors: Iterator[tuple[str, Tensor | None]]) -> None:
+def _write(model: Any, folder: Path, max_bytes: int, tensors: Iterator[tuple[str, Tensor | None]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)  # that of all ranks stays the same
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -130,12 +124,11 @@ def _write(model: Any, folder: Path, most: int, tensors: Iterator[tuple[str, Ten
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    seen, described = set[int](), []
+    new, described = set(layout_of(model).new), dict[int, Described]()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:  # tied ones are written once
-            described.append(Described(name, tuple(tensor.shape), tensor.dtype))
-        seen.add(id(tensor))
-    files = plan_files(described, most)
+        if name not in new:  # and tied ones are written once
+            described.setdefault(id(tensor), Described(name, tuple(tensor.shape), tensor.dtype))
+    files = plan_files(list(described.values()), max_bytes)
     parts = [folder / f"{file}.part" for file in files]
     try:
         _write_files(parts, list(files.values()), tensors)

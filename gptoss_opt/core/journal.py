@@ -41,14 +41,14 @@ class SetAttribute:
     old: Any
     new: Any
 
-    def intact(self, model: nn.Module, below: dict[tuple[str, str], Any] | None = None) -> bool:
+    def intact(self, model: nn.Module, found: dict[tuple[str, str], Any] | None = None) -> bool:
         """Whether the attribute still is what we set.
 
-        Going through edits from the last to the first, `below` tells what later ones found, and is told what this did.
+        Going through edits from the last to the first, `found` holds what later ones found, and gets what this found.
         """
-        below = {} if below is None else below
-        now = below.get((self.path, self.name), getattr(resolve_path(model, self.path), self.name, MISSING))
-        below[self.path, self.name] = self.old
+        found = {} if found is None else found
+        now = found.get((self.path, self.name), getattr(resolve_path(model, self.path), self.name, MISSING))
+        found[self.path, self.name] = self.old
         return _is_ours(now, self.new)
 
     def undo(self, model: nn.Module) -> None:
@@ -74,7 +74,7 @@ class AddPreHook:
         self.__dict__.update(state)
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
 
-    def intact(self, model: nn.Module, below: dict[tuple[str, str], Any] | None = None) -> bool:
+    def intact(self, model: nn.Module, found: dict[tuple[str, str], Any] | None = None) -> bool:
         """Whether the hook is still there."""
         return self.hook_id in resolve_path(model, self.path)._forward_pre_hooks
 
@@ -89,7 +89,7 @@ Edit = SetAttribute | AddPreHook
 
 @dataclass(frozen=True, eq=False)
 class ClassForward:
-    """The forward that the class of a module defines."""
+    """A module's forward as its class defines it."""
 
     module: nn.Module
 
@@ -99,7 +99,7 @@ class ClassForward:
 
 @dataclass(frozen=True, eq=False)
 class Around:
-    """A forward of a module around the one it had: `function(data, module, inner, ...)`."""
+    """A module's forward around the one it had: `function(data, module, inner, ...)`."""
 
     function: Callable[..., Any]
     data: Any
@@ -111,7 +111,7 @@ class Around:
 
 
 def _own(owner: Any, name: str) -> Any:
-    """What an object has of its own under a name. What a module's class gives it, it has again once ours is deleted."""
+    """What an object itself has under a name. What a module's class gives it, it has again once ours is deleted."""
     of_class = getattr(type(owner), name, MISSING)
     if isinstance(owner, nn.Module) and of_class is not MISSING and not isinstance(of_class, property):
         return owner.__dict__.get(name, MISSING)

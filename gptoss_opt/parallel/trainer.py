@@ -12,7 +12,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from ..core import Journal
 from ..distributed import ModelMesh
-from .host import config_paths
+from ..model.host import config_paths
 
 
 def tell_trainer(model: nn.Module, mesh: ModelMesh, journal: Journal) -> None:
@@ -21,15 +21,15 @@ def tell_trainer(model: nn.Module, mesh: ModelMesh, journal: Journal) -> None:
     It asks the model: how many ranks share a batch (`tp_size`), how many have their own (`distributed_config`), and
     whether it must leave the model as it is, neither wrapped in DDP nor moved.
     """
-    if mesh.sharing * mesh.replicas == 1:
+    if mesh.tp_size * mesh.dp_size == 1:
         return
-    journal.set(model, "", "_tp_size", mesh.sharing)
+    journal.set(model, "", "_tp_size", mesh.tp_size)
     if hasattr(DistributedConfig, "dp_size"):
         journal.set(model, "", "_is_distributed_loading_by_transformers", True)
         for path in config_paths(model):
-            settings = DistributedConfig(tp_size=mesh.sharing, fsdp_size=mesh.replicas)
+            settings = DistributedConfig(tp_size=mesh.tp_size, fsdp_size=mesh.dp_size)
             journal.set(model, path, "distributed_config", settings)
-    if mesh.sharing > 1 and mesh.device_type == "cpu":
+    if mesh.tp_size > 1 and mesh.device_type == "cpu":
         _let_cpu_ranks_share_a_batch()
 
 

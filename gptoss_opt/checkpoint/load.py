@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import GptOssForCausalLM
 
-from .core import Form, Part, Phase, Stack, Stored, Wrapper, compose
-from .core.apply import layout_for
-from .core.stack import agreed, apply, fail_together
-from .model.build import Weights, build, fill
-from .model.checkpoint import Checkpoint
+from ..core import Stack, Wrapper, compose
+from ..core.apply import apply
+from ..core.resolve import confer
+from ..layout import Form, Part, Stored
+from ..model.build import build
+from .folder import Checkpoint
+from .reader import CheckpointError
+from .weights import Weights
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -58,23 +62,41 @@ def load(
     stack = compose(*wrappers)
     try:
         checkpoint = Checkpoint.open(path_or_id)
-        model = build(checkpoint, _usable("cpu" if device is None else device), dtype)
+        _check_quantization(checkpoint)
+        model = build(checkpoint.folder, checkpoint.config, _usable("cpu" if device is None else device), dtype)
         weights = Weights.of(checkpoint, model)
     except Exception as error:
-        fail_together(stack, error)
+        # The other processes are about to agree on the stack, and this one has no model to apply it to.
+        confer(stack.wrappers, None, [f"{type(error).__name__}: {error}"])
         raise
-    agreed(stack, model)
-    with tqdm(
-        total=weights.num_bytes(layout_for(stack.wrappers, model)), desc="loading", unit="B", unit_scale=True, delay=1
-    ) as bar:
-        weights = replace(weights, on_bytes=bar.update)
+    with tqdm(desc="loading", unit="B", unit_scale=True, delay=1) as bar:
+        apply(model, stack.wrappers, _FromCheckpoint(model, replace(weights, on_bytes=bar.update), bar))
+    return model
 
-        def source(parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:
-            return weights.stored(parameter, form, index, model.get_parameter(parameter))
 
-        apply(model, [wrapper for wrapper in stack if wrapper.phase is Phase.LAYOUT], source)
-        fill(model, weights)
-    return apply(model, stack.wrappers)
+@dataclass(frozen=True)
+class _FromCheckpoint:
+    """The weights of a checkpoint as a source of layouts, with a bar that shows how much of them is read."""
+
+    model: GptOssForCausalLM
+    weights: Weights
+    bar: Any
+
+    def expect(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> None:
+        self.bar.total = self.weights.num_bytes(forms, coordinate)
+
+    def __call__(self, parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:
+        return self.weights.stored(parameter, form, index, self.model.get_parameter(parameter))
+
+
+def _check_quantization(checkpoint: Checkpoint) -> None:
+    quantised = getattr(checkpoint.config, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if quantised is not None and method != "mxfp4":
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: quantization_config names the method {method!r}, and load reads "
+            "MXFP4 and dense checkpoints. Load it with transformers, dequantise it, and save it."
+        )
 
 
 def _usable(device: torch.device | str | int) -> torch.device:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from ..distributed import Sum, all_to_all
-from .experts import KEY
+from ..distributed import Region, all_to_all, exchange_counts
+from ..model.experts import KEY
 
-Placement = tuple[tuple[int, ...], ...]
+ExpertPlacement = tuple[tuple[int, ...], ...]
 """The experts of one layer that each rank holds, ascending."""
 
 
@@ -24,22 +24,22 @@ class PartOfExperts:
     """What this rank has of a layer's experts.
 
     Attributes:
-        added: over which ranks their results are summed.
+        region: the ranks over which the results are summed.
         ranks: the rank of each expert, int64 [E]; None if every rank has a part of all.
         numbers: which of that rank's experts it is, int64 [E].
     """
 
-    added: Sum
+    region: Region
     ranks: Tensor | None = None
     numbers: Tensor | None = None
 
     @classmethod
     @torch.inference_mode(False)
-    def of(cls, added: Sum, placement: Placement, device: torch.device) -> PartOfExperts:
-        """That of a placement."""
+    def placed(cls, region: Region, placement: ExpertPlacement, device: torch.device) -> PartOfExperts:
+        """The part that a placement gives this rank."""
         places = sorted((e, rank, n) for rank, experts in enumerate(placement) for n, e in enumerate(experts))
         table = torch.tensor([place[1:] for place in places], device=device).T.contiguous()
-        return cls(added, table[0], table[1])
+        return cls(region, table[0], table[1])
 
     def places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The rank of each expert that is asked for, and its number there; both in the shape of `indices`."""
@@ -68,12 +68,13 @@ def part_of_experts(
     routing_weights: Tensor,
 ) -> Tensor:
     """The experts where ranks share their tokens: each adds what its own give, or what its part of all gives."""
+    region = data.region
     if data.ranks is not None:
         check_implementation(module)
         ranks, numbers = data.places(router_indices)
-        router_indices = torch.where(ranks == data.added.rank, numbers, -1)
-    into = data.added.into
-    return data.added.out(inner(into(hidden_states), router_indices, into(routing_weights)))
+        router_indices = torch.where(ranks == region.rank, numbers, -1)
+    hidden_states, routing_weights = map(region.copy_to_region, (hidden_states, routing_weights))
+    return region.reduce_from_region(inner(hidden_states, router_indices, routing_weights))
 
 
 def dispatched(
@@ -90,15 +91,13 @@ def dispatched(
     already summed: per token at most K rows each way, and at most one for each rank.
     """
     check_implementation(module)
-    group, top_k = data.added.group, router_indices.shape[-1]
-    num_ranks = distributed.get_world_size(group)
+    group, top_k = data.region.group, router_indices.shape[-1]
+    num_ranks = group.size()
     targets, numbers = data.places(router_indices)
     wanted = torch.stack([(targets == rank).any(-1) for rank in range(num_ranks)])
     to, tokens = wanted.nonzero(as_tuple=True)
     counts = wanted.sum(-1)
-    arriving = torch.empty_like(counts)
-    distributed.all_to_all_single(arriving, counts, group=group)
-    sent, received = torch.stack([counts, arriving]).tolist()
+    sent, received = torch.stack([counts, exchange_counts(counts, group)]).tolist()
 
     indices = torch.where(targets[tokens] == to[:, None], numbers[tokens], -1)
     indices = all_to_all(indices, sent, received, group)

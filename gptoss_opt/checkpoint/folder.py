@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from transformers import GptOssConfig
 
-from .host import MODEL_TYPE
-from .safetensors_file import (
+from ..model.host import MODEL_TYPE
+from .reader import (
     DAMAGED,
     CheckpointError,
     TensorInfo,
@@ -22,8 +22,6 @@ from .safetensors_file import (
     read_header,
     read_tensor,
 )
-
-__all__ = ["Checkpoint", "CheckpointError", "TensorInfo"]
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

@@ -17,18 +17,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from .reader import DTYPES
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -41,12 +32,12 @@ class Described:
 
     @property
     def num_bytes(self) -> int:
-        """Of its values."""
+        """The bytes of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan_files(tensors: Sequence[Described], max_bytes: int) -> dict[str, list[Described]]:
-    """Which tensors go into which file of a checkpoint: as many as `max_bytes` hold, one at least."""
+    """Decide which tensors go into which file of a checkpoint: as many as `max_bytes` hold, one at least."""
     groups: list[list[Described]] = [[]]
     for tensor in tensors:
         if groups[-1] and sum(one.num_bytes for one in groups[-1]) + tensor.num_bytes > max_bytes:
@@ -83,7 +74,7 @@ class SafetensorsWriter:
         self.stream.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """The next tensor."""
+        """Write the next tensor."""
         told = self.expected.pop(0)
         assert (told.key, told.shape, told.dtype) == (key, tuple(tensor.shape), tensor.dtype), (told, key, tensor.shape)
         self.stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

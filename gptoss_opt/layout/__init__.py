@@ -1,0 +1,29 @@
+"""How every parameter of a model is stored and split over ranks: as data, and the one executor that moves the bytes."""
+
+from .layout import Axis, Form, Layout, LayoutError, New
+from .mxfp4 import MXFP4
+from .relayout import Held, Mesh, dense_layout, exchange, relayout
+from .storage import DENSE, STORAGES, Part, Sliced, Source, Split, Storage, Stored, take
+
+__all__ = [
+    "DENSE",
+    "MXFP4",
+    "STORAGES",
+    "Axis",
+    "Form",
+    "Held",
+    "Layout",
+    "LayoutError",
+    "Mesh",
+    "New",
+    "Part",
+    "Sliced",
+    "Source",
+    "Split",
+    "Storage",
+    "Stored",
+    "dense_layout",
+    "exchange",
+    "relayout",
+    "take",
+]

@@ -1,0 +1,64 @@
+"""MXFP4 as a storage: expert weights as in the released checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import memory
+from ..kernels.mxfp4 import BLOCK, pack, unpack
+from .storage import STORAGES, Sliced, Split, Stored
+
+
+class Mxfp4:
+    """Dense expert weights `[E, in, out]` as blocks and scales of `[E, out, in]`."""
+
+    name: str = "mxfp4"
+    suffixes: tuple[str, ...] = ("_blocks", "_scales")
+
+    def encode(self, dense: Sliced) -> Stored:
+        """Quantise, one expert at a time."""
+        num_experts, num_in, num_out = dense.shape
+        shape = (num_experts, num_out, num_in // BLOCK)
+        blocks = memory.empty((*shape, BLOCK // 2), torch.uint8, dense.device)
+        scales = memory.empty(shape, torch.uint8, dense.device)
+        signal = noise = 0.0
+        for e in range(num_experts):
+            rows = dense[e].T
+            blocks[e], scales[e] = pack(rows)
+            exact = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+            error = exact - unpack(blocks[e], scales[e], exact.dtype)
+            signal += float(exact.square().sum(dtype=torch.float64))
+            noise += float(error.square().sum(dtype=torch.float64))
+        sqnr = 10 * math.log10(signal / noise) if noise else math.inf
+        return Stored({"_blocks": blocks, "_scales": scales}, sqnr)
+
+    def decode(self, tensors: Mapping[str, Sliced], dtype: torch.dtype) -> Tensor:
+        """Dequantise, one expert at a time."""
+        blocks, scales = tensors["_blocks"], tensors["_scales"]
+        num_experts, num_out, num_blocks = scales.shape
+        dense = memory.empty((num_experts, num_blocks * BLOCK, num_out), dtype, blocks.device)
+        for e in range(num_experts):
+            dense[e] = unpack(blocks[e], scales[e], dtype).T
+        return dense
+
+    def split(self, split: Split) -> Split:
+        """Say where a split of `[E, in, out]` falls in `[E, out, in / 32]`."""
+        if split.dim != 1:
+            return replace(split, dim={0: 0, 2: 1}[split.dim])
+        if any(not isinstance(part, range) or part.start % BLOCK or part.stop % BLOCK for part in split.parts):
+            raise ValueError(f"MXFP4 packs {BLOCK} values of a row together, and the parts {split.parts} tear them.")
+        blocks = (range(part.start // BLOCK, part.stop // BLOCK) for part in split.parts if isinstance(part, range))
+        return replace(split, dim=2, parts=tuple(blocks))
+
+    def num_bytes(self, num_values: int, itemsize: int) -> int:
+        """Count half a byte for each value, and one for the scale of each block."""
+        return num_values * (BLOCK // 2 + 1) // BLOCK
+
+
+MXFP4 = Mxfp4()
+STORAGES[MXFP4.name] = MXFP4

@@ -1,0 +1,149 @@
+"""How a parameter is stored as tensors, and which slice of it a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layout import Form
+
+Part = range | tuple[int, ...]
+"""Ascending indices along one dimension."""
+
+
+@dataclass(frozen=True, order=True)
+class Split:
+    """One dimension of a parameter, spread over the ranks of an axis.
+
+    Attributes:
+        dim: the dimension.
+        axis: the name of the axis.
+        parts: the indices that each rank holds, by its coordinate on the axis. Each index is in one of them.
+        gives_way: whether it holds only as long as no other split of the parameter is over the same axis.
+        by: the wrapper that asked for it.
+    """
+
+    dim: int
+    axis: str
+    parts: tuple[Part, ...]
+    gives_way: bool = field(default=False, compare=False)
+    by: str = field(default="", compare=False)
+
+    @property
+    def size(self) -> int:
+        """The size of the whole dimension."""
+        return sum(map(len, self.parts))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter as its storage holds it.
+
+    Attributes:
+        tensors: its tensors by the suffix of their names, such as `{"_blocks": ..., "_scales": ...}`.
+        sqnr: how exact they are, as signal-to-quantisation-noise ratio in dB; infinite where exact.
+    """
+
+    tensors: Mapping[str, Tensor]
+    sqnr: float = float("inf")
+
+
+class Sliced(Protocol):
+    """A tensor, or what gives its slices along the first dimension one by one, such as a tensor still in a file."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+class Storage(Protocol):
+    """A way to hold a parameter as one tensor or more.
+
+    Attributes:
+        name: what layouts call it.
+        suffixes: what is added to the parameter's name, for each of its tensors.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+
+    def encode(self, dense: Sliced) -> Stored:
+        """Store dense values."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Sliced], dtype: torch.dtype) -> Tensor:
+        """Restore the dense values, in `dtype`."""
+        ...
+
+    def split(self, split: Split) -> Split:
+        """Say where a split of the dense parameter falls in the stored tensors; `ValueError` if it tears a value."""
+        ...
+
+    def num_bytes(self, num_values: int, itemsize: int) -> int:
+        """Count the bytes of `num_values` values that take `itemsize` bytes each when dense."""
+        ...
+
+
+class DenseStorage:
+    """The parameter as it is: one tensor."""
+
+    name: str = "dense"
+    suffixes: tuple[str, ...] = ("",)
+
+    def encode(self, dense: Sliced) -> Stored:
+        """Store the tensor itself."""
+        assert isinstance(dense, Tensor)
+        return Stored({"": dense})
+
+    def decode(self, tensors: Mapping[str, Sliced], dtype: torch.dtype) -> Tensor:
+        """Return the tensor itself."""
+        dense = tensors[""]
+        assert isinstance(dense, Tensor)
+        return dense
+
+    def split(self, split: Split) -> Split:
+        """Return the split itself."""
+        return split
+
+    def num_bytes(self, num_values: int, itemsize: int) -> int:
+        """Count the bytes of `num_values` values."""
+        return num_values * itemsize
+
+
+DENSE = DenseStorage()
+STORAGES: dict[str, Storage] = {DENSE.name: DENSE}
+"""Every storage by name: how a layout, which is plain data, finds it."""
+
+
+class Source(Protocol):
+    """Where the bytes of parameters come from, if not from the model."""
+
+    def expect(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> None:
+        """Hear in which forms which parameters will be asked for, by the rank at a coordinate."""
+        ...
+
+    def __call__(self, parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:
+        """Give a slice of a parameter, by its dense name and indices, in the storage of a form."""
+        ...
+
+
+def take(tensor: Tensor, index: Mapping[int, Part]) -> Tensor:
+    """Slice a tensor: the given indices of some dimensions. The result is a view where they are ranges.
+
+    Example:
+        >>> take(torch.arange(6).view(2, 3), {0: (1,), 1: range(0, 2)})
+        tensor([[3, 4]])
+    """
+    for dim, part in index.items():
+        if isinstance(part, range):
+            tensor = tensor.narrow(dim, part.start, len(part))
+        else:
+            tensor = tensor.index_select(dim, torch.tensor(part, device=tensor.device))
+    return tensor

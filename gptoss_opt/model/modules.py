@@ -1,0 +1,35 @@
+"""Where the parts of a GPT-OSS model are: its decoder, attention, experts, embedding and head, by path."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssExperts
+
+Named = list[tuple[str, Any]]
+"""Paths and modules."""
+
+
+def attention_modules(model: nn.Module) -> Named:
+    """The attention of each layer."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, GptOssAttention)]
+
+
+def expert_modules(model: nn.Module) -> Named:
+    """The experts of each layer."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, GptOssExperts)]
+
+
+def vocabulary_modules(model: nn.Module) -> list[tuple[str, Any, str]]:
+    """The embedding, and the head if it is over the vocabulary: path, module, and the name of its weight."""
+    found = [cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()]
+    paths = {module: path for path, module in model.named_modules()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [(paths[one], one, names[id(one._parameters["weight"])]) for one in found if one is not None]
+
+
+def decoder_path(model: nn.Module) -> str:
+    """The path of the decoder, which holds the layers; "" if that is the model itself."""
+    decoder = cast(Any, model).base_model
+    return str(next(path for path, module in model.named_modules() if module is decoder))
