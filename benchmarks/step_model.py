@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gptoss_opt.model.parallel import expert_parallel_layout, placements_of, tensor_parallel_layout
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from gptoss_opt.core import Layout, held_bytes
 from gptoss_opt.distributed import split
 from gptoss_opt.model.experts import MXFP4, expert_parameters
-from gptoss_opt.model.parallel import expert_parallel_layout, placements_of, tensor_parallel_layout
 
 DRAWS = 2000
 

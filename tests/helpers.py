@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
+from gptoss_opt.core import WRAPPERS
 from gptoss_opt.kernels.attention import Rules, Visible
 from gptoss_opt.kernels.attention.reference import reference_attention
 from gptoss_opt.kernels.mxfp4 import pack, unpack
@@ -130,6 +132,13 @@ def assert_as_exact(names: Iterable[str], ours: list[Tensor], base: list[Tensor]
         for kind, norm in norms.items():
             error, allowed = norm(actual.double() - exact), 2 * (norm(low.double() - exact) + eps * exact.abs().max())
             assert error <= allowed, f"{name} {kind}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def names_reversed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every wrapper a name that sorts the other way round: nothing may rest on the alphabet."""
+    for number, (name, wrapper) in enumerate(sorted(WRAPPERS.items(), reverse=True)):
+        monkeypatch.setattr(wrapper, "name", f"{number:02d}:{name}")
+        monkeypatch.setitem(WRAPPERS, wrapper.name, wrapper)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptoss_opt.core import mesh_of
 from gptoss_opt.checkpoint.save import splits_of
+from gptoss_opt.core import mesh_of
 from tests.helpers import ids, tiny_model
 
 UNEVEN = {

@@ -41,8 +41,9 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
-from gptoss_opt.checkpoint import reader as safetensors_file
 from gptoss_opt.checkpoint import Checkpoint
+from gptoss_opt.checkpoint import reader as safetensors_file
+from gptoss_opt.distributed import agreement
 from tests.distributed.models import UNEVEN
 from tests.distributed.ranks import RankError, Ranks
 from tests.distributed.test_sharding import LOAD, WRAPS, balanced, mesh_2d
@@ -592,3 +593,32 @@ def dies_in_a_forward() -> None:
 def test_a_rank_that_dies_ends_the_others(ranks: Ranks) -> None:
     with pytest.raises(RankError, match=r"Connection (closed|reset) by peer|died"):
         ranks(dies_in_a_forward)
+
+
+def meetings() -> list[int]:
+    """How often this rank meets the others while it applies, loads, applies again, and undoes."""
+    found, real = [], agreement._meet
+    stack = compose(shard_tensor_parallel(), shard_experts(), with_mxfp4_experts(), with_flash_attention())
+
+    def counted(*args: Any) -> Any:
+        found[-1] += 1
+        return real(*args)
+
+    agreement._meet = counted
+    try:
+        for step in (
+            lambda: stack(tiny_model(**UNEVEN)),
+            lambda: load(GOLDEN, shard_tensor_parallel(degree=2), shard_experts(degree=2), with_mxfp4_experts()),
+        ):
+            found.append(0)
+            model = step()
+        for step in (lambda: with_flash_attention(model), lambda: undo(model, with_flash_attention)):
+            found.append(0)
+            step()
+    finally:
+        agreement._meet = real
+    return found
+
+
+def test_ranks_meet_once_per_apply(ranks: Ranks) -> None:
+    assert ranks(meetings) == [[1, 1, 1, 0]] * ranks.num_ranks

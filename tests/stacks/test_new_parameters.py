@@ -21,24 +21,16 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
-from gptoss_opt.core import WRAPPERS
 from gptoss_opt.extend import Layout, LayoutError
-from tests.helpers import group_of_one, ids, local, relative, tiny_model
+from tests.helpers import ids, local, relative, tiny_model
 from tests.stacks.low_rank import LowRank, low_rank_parameters, train
 
 OTHERS = (with_flash_attention, with_fast_experts, with_mxfp4_experts, shard_tensor_parallel, shard_experts)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _group_and_toys():
-    with group_of_one():
-        yield
-    WRAPPERS.pop(LowRank.name, None)
-
-
 def trained(*first: Any) -> Any:
     """A model with low-rank parameters, trained for two steps; all else is frozen."""
-    model = compose(*first, LowRank())(tiny_model())
+    model = compose(*first, LowRank())(tiny_model(num_hidden_layers=2))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".low_" in name)
     train(model, [ids(seed=3), ids(seed=4)])
@@ -46,14 +38,15 @@ def trained(*first: Any) -> Any:
 
 
 def test_trained_parameters_stay_whatever_is_applied_in_whatever_order() -> None:
-    expected = trained()(ids()).logits
-    assert relative(tiny_model()(ids()).logits, expected) > 1e-2, "training changed nothing"
+    base, input_ids = trained(), ids(1, 12)
+    expected = base(input_ids).logits
+    assert relative(tiny_model(num_hidden_layers=2)(input_ids).logits, expected) > 1e-2, "training changed nothing"
     for order in itertools.permutations(OTHERS):
-        model = trained()
+        model = copy.deepcopy(base)
         values = {name: p.detach().clone() for name, p in low_rank_parameters(model).items()}
         for wrap in order:
             wrap(model)
-        assert relative(model(ids()).logits, expected) < 1e-5, order
+        assert relative(model(input_ids).logits, expected) < 1e-5, order
         kept = low_rank_parameters(model)
         assert kept.keys() == values.keys()
         assert all(torch.equal(local(kept[name]), value) for name, value in values.items())
@@ -123,7 +116,7 @@ def test_the_checkpoint_of_the_base_holds_none_of_them(tmp_path) -> None:
             tmp_path / str(number), dtype=torch.float32, output_loading_info=True
         )
         assert not report["unexpected_keys"]
-        assert relative(plain.float().eval()(ids()).logits, tiny_model()(ids()).logits) < 1e-5
+        assert relative(plain.float().eval()(ids()).logits, tiny_model(num_hidden_layers=2)(ids()).logits) < 1e-5
         if not others:
             undo(model).save_pretrained(tmp_path / "undone")
             assert model._keys_to_ignore_on_save == tiny_model()._keys_to_ignore_on_save
@@ -131,5 +124,5 @@ def test_the_checkpoint_of_the_base_holds_none_of_them(tmp_path) -> None:
 
 def test_two_wrappers_that_bring_one_parameter_are_named() -> None:
     layout = LowRank().layout(tiny_model(), compose().layout(tiny_model()))
-    with pytest.raises(LayoutError, match=r"with_toy_low_rank\(rank=3\) adds .*q_proj.low_A, which another wrapper has"):
+    with pytest.raises(LayoutError, match=r"low_rank\(rank=3\) adds .*q_proj.low_A, which another wrapper has"):
         LowRank(rank=3).layout(tiny_model(), Layout(layout.asked, author=repr(LowRank(rank=3))))

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM
 
-from gptoss_opt.checkpoint import reader as safetensors_file
 from gptoss_opt.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from gptoss_opt.checkpoint import reader as safetensors_file
 from gptoss_opt.testing import random_checkpoint
 from tests.helpers import GOLDEN, tiny_model
 

@@ -345,6 +345,61 @@ def test_a_host_that_fails_leaves_nothing() -> None:
         assert not stack_of(model)
 
 
+def test_what_a_later_wrapper_sets_over_an_earlier_change_leaves_that_standing() -> None:
+    @dataclass(frozen=True, kw_only=True, repr=False)
+    class Over(Named):
+        name: ClassVar[str] = "with_toy_over"
+        phase: ClassVar[Phase] = Phase.OBSERVE
+
+        def attach(self, model, journal):
+            journal.set(model, "", "settings", model.settings + "+over")
+            return Report(("settings",))
+
+    model = Over()(Doubled()(Toy()))
+    assert model.settings == "plain+doubled+over"
+    assert "changed by you since" not in str(explain(model))
+    hooks = list(model.inner._forward_pre_hooks)
+    Doubled()(model)
+    assert list(model.inner._forward_pre_hooks) == hooks, "what stood was attached anew"
+    # What the user sets over both is told of the last.
+    model.settings = "mine"
+    assert ["changed by you since" in " ".join(row.changed) for row in explain(model).rows] == [False, True]
+    assert undo(model).settings == "mine"
+
+
+def test_hosts_are_released_in_the_reverse_order() -> None:
+    class First:
+        label = "first"
+
+        def why_not(self, model):
+            return None
+
+        def own_config(self, model, journal):
+            journal.set(model, "", "settings", f"{model.settings}, {self.label}")
+
+        def release(self, model, journal):
+            journal.undo(model)
+
+        def tell_new(self, model, parameters, journal): ...
+
+    class Second(First):
+        label = "second"
+
+    @dataclass(frozen=True, kw_only=True, repr=False)
+    class OnFirst(Picky):
+        name: ClassVar[str] = "with_toy_on_first"
+        host: ClassVar[object] = First()
+
+    @dataclass(frozen=True, kw_only=True, repr=False)
+    class OnSecond(Picky):
+        name: ClassVar[str] = "with_toy_on_second"
+        host: ClassVar[object] = Second()
+
+    model = compose(OnFirst(), OnSecond())(Toy())
+    assert model.settings == "plain, first, second"
+    assert undo(model).settings == "plain"
+
+
 def test_modules_around_a_wrapped_model_are_looked_into() -> None:
     model = Doubled()(Toy())
     around = nn.Sequential(model)

@@ -31,8 +31,8 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
-from gptoss_opt.checkpoint import folder as checkpoint_module
 from gptoss_opt.checkpoint import Checkpoint
+from gptoss_opt.checkpoint import folder as checkpoint_module
 from gptoss_opt.testing import random_checkpoint
 from tests.helpers import ids, relative, tiny_config, tiny_model
 
