@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import explain, load
 from ..model.experts import expert_parameters
 from .comparison import Case, Outcome, Settings, Step
-from .measure import load_model, random_prompt, verify
+from .measure import greedy, load_model, random_prompt, verify
 
 PROMPT_LENGTH = 64
 """How many tokens come before those that are timed."""
@@ -41,10 +41,9 @@ class Clock(list[float]):
 def decode(model: Any, label: str, settings: Settings, figures: dict[str, Any]) -> Outcome:
     """Generate greedily, and add to the figures how fast one token follows the other."""
     prompt = random_prompt(model, PROMPT_LENGTH)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+    greedy(model, prompt, 2)
     clock = Clock()
-    for count, streamer in ((2, None), (settings.new_tokens + 1, clock)):
-        tokens = model.generate(prompt, max_new_tokens=count, min_new_tokens=count, streamer=streamer, **options)
+    tokens = greedy(model, prompt, settings.new_tokens + 1, streamer=clock)
     with torch.no_grad():
         logits = model(prompt).logits[0].cpu()
     # The time up to the first token is the prompt's.

@@ -54,18 +54,21 @@ def random_prompt(model: Any, length: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
 
 
-def verify(
-    label: str, outputs: Outputs, file: Path, figures: dict[str, Any], lengths: Sequence[int] | None = None
-) -> Outcome:
-    """These figures and those of `compare`, to the outputs in `file`, which the first case writes."""
+def greedy(model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> Any:
+    """What `generate` returns after exactly so many greedy tokens; the prompt [B, T] is not padded by default."""
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, **options}
+    return model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options)
+
+
+def verify(label: str, outputs: Outputs, file: Path, figures: dict[str, Any], lengths: Sequence[int] = ()) -> Outcome:
+    """The figures, and how the outputs agree with those in `file`, which the first case writes."""
     if not file.exists():
         torch.save(outputs, file)
     agreement = compare(torch.load(file), outputs, lengths)
-    problems = tuple(f"{label}: {problem}" for problem in agreement.problems)
-    return Outcome({**figures, **agreement.figures}, problems)
+    return Outcome(figures | agreement.figures, tuple(f"{label}: {problem}" for problem in agreement.problems))
 
 
-def compare(expected: Outputs, actual: Outputs, lengths: Sequence[int] | None = None) -> Outcome:
+def compare(expected: Outputs, actual: Outputs, lengths: Sequence[int] = ()) -> Outcome:
     """How the outputs of one case agree with those of the first, and what is beyond the tolerance of their dtype.
 
     The same greedy tokens are those before the first that differs, in each sequence if there are several of these
@@ -127,6 +130,7 @@ class PeakMemory:
 
 
 def _resident(field: str) -> int | None:
+    """This line of the kernel's account of the process, in bytes; None where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

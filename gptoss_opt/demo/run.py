@@ -85,11 +85,11 @@ def run_demo(
             found = [(*one, tuple(_outcomes(*one, isolated, bar))) for one in work]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {"device": device, "threads": threads or torch.get_num_threads()}
-    tables = (
+    tables = tuple(
         replace(comparison, title=comparison.title.format(**vars(settings) | facts), outcomes=outcomes)
         for comparison, settings, outcomes in found
     )
-    return DemoReport(tuple(tables), CODE.format(model=model or "openai/gpt-oss-20b"))
+    return DemoReport(tables, CODE.format(model=model or "openai/gpt-oss-20b"))
 
 
 def check_model(path: str, max_length: int, ranks: int | None) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..serve import ContinuousBatcher, Request
 from .comparison import Case, Settings, Step
-from .measure import load_model, verify
+from .measure import greedy, load_model, verify
 
 NUM_PROMPTS = 8
 MIN_PROMPT, MAX_PROMPT = 8, 120
@@ -20,7 +20,6 @@ MIN_PROMPT, MAX_PROMPT = 8, 120
 
 INTERVAL = 0.25
 """Seconds after which a batcher tells again how fast it is."""
-
 
 Served = tuple[list[list[int]], Tensor, dict[str, Any]]
 """The new tokens of each prompt, the logits after each prompt up to a constant [P, V], and figures."""
@@ -46,16 +45,14 @@ def _by_generate(model: Any, limits: list[int]) -> Served:
     prompts = random_prompts(model.config.vocab_size, seed=0)
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
-    mask = torch.arange(width) >= torch.tensor(padding)[:, None]
-    options: dict[str, Any] = {"attention_mask": mask.long().to(model.device), "do_sample": False}
-    options |= {"return_dict_in_generate": True, "output_logits": True}
-    ids, seconds = ids.to(model.device), 0.0
-    for count in (2, max(limits)):
-        start = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
-        rows = out.sequences[:, width:].tolist()
-        seconds = time.perf_counter() - start
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]).to(model.device)
+    mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(model.device)
+    options = {"attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
+    greedy(model, ids, 2, **options)
+    start = time.perf_counter()
+    out = greedy(model, ids, max(limits), **options)
+    rows = out.sequences[:, width:].tolist()
+    seconds = time.perf_counter() - start
     tokens = [row[:limit] for row, limit in zip(rows, limits, strict=True)]
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
     figures = {"speed": sum(limits) / seconds, "first token": None, "keys and values": kv_bytes / 2**10}

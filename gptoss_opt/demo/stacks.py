@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import explain
 from .comparison import Case, Outcome, Settings, Step
-from .measure import PeakMemory, load_model, random_prompt, verify
+from .measure import PeakMemory, greedy, load_model, random_prompt, verify
 
 
 def measure_stacks(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:
@@ -22,8 +22,8 @@ def measure_stacks(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:
     if cases[0].wrap is not None:
         model = cases[0].wrap(model)
     memory = PeakMemory(model.device)
-    generate(model, random_prompt(model, 16), 2)
-    train_step(model, random_prompt(model, 16))
+    _generate(model, random_prompt(model, 16), 2)
+    _train_step(model, random_prompt(model, 16))
     for case in cases:
         yield None
         for length in settings.lengths:
@@ -35,23 +35,22 @@ def measure_stacks(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:
 def _at_length(length: int, model: Any, memory: PeakMemory, label: str, settings: Settings) -> Outcome:
     prompt = random_prompt(model, length)
     memory.reset()
-    tokens, generate_seconds = generate(model, prompt, settings.new_tokens)
-    logits, sinks, train_seconds = train_step(model, prompt)
+    tokens, generate_seconds = _generate(model, prompt, settings.new_tokens)
+    logits, sinks, train_seconds = _train_step(model, prompt)
     figures = {"length": length, "stack": label, "generate": generate_seconds, "train step": train_seconds}
     figures["peak memory"] = memory.peak()
     outputs = (tokens, logits.cpu(), sinks)
     return verify(f"{label} at length {length}", outputs, settings.folder / f"{length}.pt", figures)
 
 
-def generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[Tensor, float]:
+def _generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[Tensor, float]:
     """The greedy tokens [new_tokens], and the seconds they took."""
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     start = _now(model)
-    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    tokens = greedy(model, prompt, new_tokens)
     return tokens[0, prompt.shape[1] :].cpu(), _now(model) - start
 
 
-def train_step(model: Any, prompt: Tensor) -> tuple[Tensor, Tensor, float]:
+def _train_step(model: Any, prompt: Tensor) -> tuple[Tensor, Tensor, float]:
     """Forward with labels, and backward: logits [T, V], gradients of all sinks, and the seconds they took."""
     model.train()
     start = _now(model)

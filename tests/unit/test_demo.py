@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
+import signal
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 
 from gptoss_opt import ContinuousBatcher, cli, demo, load, with_flash_attention
 from gptoss_opt.demo import DemoError, measure, run_demo, serving
-from gptoss_opt.demo.comparison import Case, Comparison, DemoReport, Outcome
+from gptoss_opt.demo.comparison import Case, Column, Comparison, DemoReport, Outcome, Settings, Step
 from gptoss_opt.demo.measure import PeakMemory, compare
 from gptoss_opt.demo.tables import EXPERTS, SERVING, SHARDED, STACKS, WIDE
 from gptoss_opt.testing import random_checkpoint
@@ -59,6 +62,18 @@ class Forgetful(ContinuousBatcher):
 
     def submit(self, prompt: Any, *args: Any, **options: Any) -> Any:
         return super().submit([*prompt[:-1], 0], *args, **options)
+
+
+def process_of(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:
+    for case in cases:
+        yield f"{case.label}: no work"
+        yield None
+        yield Outcome(dict.fromkeys((column.heading for column in STACKS.columns), os.getpid()))
+
+
+def is_killed(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:
+    yield f"{cases[0].label}: no work"
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def frozen_sinks(model: Any) -> Any:
@@ -232,6 +247,39 @@ def test_what_it_prints() -> None:
     ]
     compile("\n".join(lines[-2:]), "demo", "exec")
     assert "NOT THE SAME" not in text
+
+
+def test_cells_are_beside_those_of_the_first_row() -> None:
+    def cells(column: Column, *values: float | None) -> list[str]:
+        first, *others = (Outcome({column.heading: value}) for value in values)
+        return [column.cell(outcome, first) for outcome in (first, *others)]
+
+    assert cells(Column("x"), 1, 2) == ["1", "2"]
+    assert cells(Column("x", "{:.1f} s".format, "less"), 3, 2, 3, None) == ["3.0 s", "2.0 s (1.5x)", "3.0 s", "n/a"]
+    assert cells(Column("x", "{:.0f} MiB".format, "less"), 0, 2) == ["0 MiB", "2 MiB"]
+    assert cells(Column("x", str, "more"), 2, 3) == ["2", "3 (1.5x)"]
+    assert cells(Column("x", str, "share"), 4, 1, 4) == ["4 (100%)", "1 (25%)", "4 (100%)"]
+    assert cells(Column("x", str, "first", missing="none"), None, 0.5, None) == ["-", "0.5", "none"]
+
+
+def test_a_notebook_shows_html() -> None:
+    report = small_run(comparisons=stacks(Case("a < b"), Case("no sinks", without_sinks)), lengths=[8])
+    page = report._repr_html_()
+    assert page.count("<table>") == len(report.comparisons) == 3
+    assert "a &lt; b" in page
+    assert "a < b" not in page
+    assert "NOT THE SAME: no sinks at length 8: " in page
+
+
+def test_models_with_the_same_wrapper_share_a_process_of_their_own() -> None:
+    cases = (Case("a"), Case("b"), Case("c", with_flash_attention()))
+    comparison = replace(STACKS, cases=cases, measure=process_of)
+    report = small_run(comparisons=[comparison], isolated=True)
+    a, b, c = (outcome.figures["generate"] for outcome in report.comparisons[0].outcomes)
+    assert a == b
+    assert len({a, c, os.getpid()}) == 3
+    with pytest.raises(DemoError, match="out of memory, or killed"):
+        small_run(comparisons=[replace(comparison, cases=cases[:1], measure=is_killed)], isolated=True)
 
 
 def test_a_stack_that_changes_the_model_is_found() -> None:
