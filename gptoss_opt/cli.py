@@ -61,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
+def _whole_number(minimum: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
         return int(text)
 
     return convert

@@ -202,7 +202,7 @@ def _config(size: Size, layers: int) -> dict[str, Any]:
 
 def random_checkpoint(
     path: str | os.PathLike[str],
-    size: str = "tiny",
+    size: str | Size = "tiny",
     layers: int | None = None,
     seed: int = 0,
     *,
@@ -216,7 +216,7 @@ def random_checkpoint(
 
     Args:
         path: a folder that does not exist yet, or is empty.
-        size: the shape.
+        size: the shape, as a `Size` or by name.
             "tiny": 2 layers, 0.2 MB, for unit tests.
             "small": 4 layers, 26 MB, with attention as a visible share of the work.
             "medium": 8 layers, 0.3 GB, large enough for memory and arithmetic to be what takes the time.
@@ -236,9 +236,9 @@ def random_checkpoint(
         ['model-00001-of-00004.safetensors']
     """
     path = Path(path).resolve()
-    if size not in SIZES:
+    if isinstance(size, str) and size not in SIZES:
         raise ValueError(f"there is no size {size!r}. Use one of {', '.join(map(repr, SIZES))}.")
-    shape = SIZES[size]
+    shape = SIZES[size] if isinstance(size, str) else size
     layers = shape.layers if layers is None else layers
     if layers < 1:
         raise ValueError(f"layers is {layers}, but a checkpoint has at least one. Leave it out for {shape.layers}.")

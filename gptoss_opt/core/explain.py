@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import textwrap
 from dataclasses import dataclass
 
 from torch import nn
 
+from ..table import Table
 from .record import Applied, record_of, standing, wrapped_model
 
 HEADINGS = ("wrapper", "what it changed", "backend", "why not the others")
@@ -35,42 +35,18 @@ class Explanation:
     title: str
     rows: tuple[Row, ...]
 
+    @property
+    def table(self) -> Table:
+        """The rows as a table, each wrapped to `WIDTHS`."""
+        return Table(HEADINGS, [row.cells() for row in self.rows], WIDTHS)
+
     def __str__(self) -> str:
-        if not self.rows:
-            return self.title
-        lines = [self.title, *_table([tuple((heading,) for heading in HEADINGS), *(row.cells() for row in self.rows)])]
-        return "\n".join(lines)
+        return f"{self.title}\n{self.table}" if self.rows else self.title
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th style='text-align:left'>{heading}</th>" for heading in HEADINGS)
-        body = "".join(f"<tr>{''.join(map(_html_cell, row.cells()))}</tr>" for row in self.rows)
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if self.rows else ""
-        return f"<p>{html.escape(self.title)}</p>{table}"
-
-
-def _html_cell(paragraphs: tuple[str, ...]) -> str:
-    return f"<td style='text-align:left;vertical-align:top'>{'<br>'.join(map(html.escape, paragraphs))}</td>"
-
-
-def _table(rows: list[tuple[tuple[str, ...], ...]]) -> list[str]:
-    """Rows of cells of paragraphs as lines of text, wrapped to the column widths, with rules between rows."""
-    rule = "+".join("-" * (width + 2) for width in WIDTHS)
-    lines = [rule]
-    for row in rows:
-        wrapped = [
-            [line for paragraph in cell for line in textwrap.wrap(paragraph, width) or [""]]
-            for cell, width in zip(row, WIDTHS, strict=True)
-        ]
-        for number in range(max(map(len, wrapped))):
-            parts = (
-                f" {cell[number] if number < len(cell) else '':<{width}} "
-                for cell, width in zip(wrapped, WIDTHS, strict=True)
-            )
-            lines.append("|".join(parts).rstrip())
-        lines.append(rule)
-    return lines
+        return f"<p>{html.escape(self.title)}</p>{self.table._repr_html_() if self.rows else ''}"
 
 
 def _row(applied: Applied, stands: bool) -> Row:

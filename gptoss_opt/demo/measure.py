@@ -1,125 +1,46 @@
-"""How the demo measures one stack: what it computes, how long that takes, and how much memory."""
+"""What the measurements of the demo share: the eager model, the prompt, the agreement of outputs, peak memory."""
 
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
 
-from .report import Result
+from .. import load
+from .comparison import Outcome, Settings
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a stack may be from the first row. None and False: shown, but not judged.
-
-    `largest`: max |difference| / max |logit|. `median`: over positions, of |difference| / |logits|.
-    """
-
-    largest: float | None
-    median: float
-    sinks: float | None
-    tokens: bool
-
-
+# Whether the greedy tokens must be the same, and how large the differences in `compare` may be (None: not judged).
 # In 16 bits, rounding sends a token with nearly equal router scores to another expert, in eager as well. Such a token
 # has other logits, so neither the largest difference nor the greedy tokens can be held to a bound; the median can.
-TOLERANCES = {
-    torch.float32: Tolerance(1e-4, 1e-5, 1e-3, True),
-    torch.bfloat16: Tolerance(None, 0.1, None, False),
-    torch.float16: Tolerance(None, 0.02, None, False),
+TOLERANCES: dict[torch.dtype, tuple[bool, tuple[float | None, float, float | None]]] = {
+    torch.float32: (True, (1e-4, 1e-5, 1e-3)),
+    torch.bfloat16: (False, (None, 0.1, None)),
+    torch.float16: (False, (None, 0.02, None)),
 }
 
-Wrap = Callable[[Any], Any]
 Outputs = tuple[Tensor, Tensor, Tensor]
 """Greedy tokens [N], logits [T, V], gradients of the sinks [layers * heads], empty if they are frozen."""
 
 
-class Agreement(NamedTuple):
-    """How one stack's outputs agree with the first's; the attributes are those of `Result`."""
-
-    same_tokens: int
-    logit_difference: float
-    sink_difference: float | None
-    problems: tuple[str, ...]
-
-
-class Subject:
-    """The model that a measuring process holds, and what is done to it."""
-
-    def __init__(self, path: str, dtype: torch.dtype | str, label: str, wrap: Wrap | None, threads: int | None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
-        self.label = label
-        self.model: Any = load_eager(path, dtype)
-        if wrap is not None:
-            self.model = wrap(self.model)
-        self.memory = PeakMemory(self.model.device)
-        self.generate(self.prompt(16), 2)
-        self.train_step(self.prompt(16))
-
-    def prompt(self, length: int) -> Tensor:
-        """Random token ids [1, length], the same for every stack."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.model.config.vocab_size, (1, length), generator=generator).to(self.model.device)
-
-    def generate(self, prompt: Tensor, new_tokens: int) -> tuple[Tensor, float]:
-        """The greedy tokens [new_tokens], and the seconds they took."""
-        options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-        start = self._now()
-        tokens = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        return tokens[0, prompt.shape[1] :].cpu(), self._now() - start
-
-    def train_step(self, prompt: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Forward with labels, and backward: logits [T, V], gradients of all sinks, and the seconds they took."""
-        self.model.train()
-        start = self._now()
-        out = self.model(input_ids=prompt, labels=prompt, use_cache=False)
-        out.loss.backward()
-        seconds = self._now() - start
-        named = self.model.named_parameters()
-        sinks = [param for name, param in named if name.endswith(".sinks") and param.requires_grad]
-        # A sink that no gradient reached counts as zero, which is far from the right one.
-        gradients = [(torch.zeros_like(sink) if sink.grad is None else sink.grad).float().cpu() for sink in sinks]
-        self.model.zero_grad(set_to_none=True)
-        self.model.eval()
-        return out.logits[0].detach(), torch.cat(gradients or [torch.empty(0)]), seconds
-
-    def measure(self, length: int, new_tokens: int, file: Path) -> Result:
-        """Generate and take one training step, and compare with `file`, which the first row writes."""
-        self.memory.reset()
-        tokens, generate_seconds = self.generate(self.prompt(length), new_tokens)
-        logits, sinks, train_seconds = self.train_step(self.prompt(length))
-        peak = self.memory.peak()
-        if not file.exists():
-            torch.save((tokens, logits.cpu(), sinks), file)
-        agreement = compare(torch.load(file), (tokens, logits.cpu(), sinks))
-        where = f"{self.label} at length {length}: "
-        agreement = agreement._replace(problems=tuple(where + problem for problem in agreement.problems))
-        return Result(self.label, length, new_tokens, *agreement, generate_seconds, train_seconds, peak)
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-def load_eager(path: str, dtype: torch.dtype | str) -> Any:
-    """The model as transformers loads it, in eager attention and with weights that can be trained."""
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
-    if getattr(AutoConfig.from_pretrained(path), "quantization_config", None):
+def load_model(settings: Settings, wrapper: Any = None) -> Any:
+    """The model by `load` with a wrapper; without one as transformers loads it, in eager attention and trainable."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if wrapper is not None:
+        return load(settings.path, wrapper, device=device, dtype=getattr(torch, settings.dtype))
+    options: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": "eager"}
+    if getattr(AutoConfig.from_pretrained(settings.path), "quantization_config", None):
         options["quantization_config"] = Mxfp4Config(dequantize=True)
-    if torch.cuda.is_available():
-        options["device_map"] = "cuda"
-    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    if device == "cuda":
+        options["device_map"] = device
+    model = AutoModelForCausalLM.from_pretrained(settings.path, **options)
     for parameter in model.parameters():
         # Expert weights: older versions leave dequantised ones in bfloat16, whatever is asked for.
         if parameter.ndim == 3:
@@ -127,9 +48,35 @@ def load_eager(path: str, dtype: torch.dtype | str) -> Any:
     return model
 
 
-def compare(expected: Outputs, actual: Outputs) -> Agreement:
-    """Hold the outputs of one stack to those of the first, with the tolerance of their dtype."""
-    same = int((expected[0] == actual[0]).cumprod(0).sum())
+def random_prompt(model: Any, length: int) -> Tensor:
+    """Random token ids [1, length], the same for every case."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+
+
+def greedy(model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> Any:
+    """What `generate` returns after exactly so many greedy tokens; the prompt [B, T] is not padded by default."""
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, **options}
+    return model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options)
+
+
+def verify(label: str, outputs: Outputs, file: Path, figures: dict[str, Any], lengths: Sequence[int] = ()) -> Outcome:
+    """The figures, and how the outputs agree with those in `file`, which the first case writes."""
+    if not file.exists():
+        torch.save(outputs, file)
+    agreement = compare(torch.load(file), outputs, lengths)
+    return Outcome(figures | agreement.figures, tuple(f"{label}: {problem}" for problem in agreement.problems))
+
+
+def compare(expected: Outputs, actual: Outputs, lengths: Sequence[int] = ()) -> Outcome:
+    """How the outputs of one case agree with those of the first, and what is beyond the tolerance of their dtype.
+
+    The same greedy tokens are those before the first that differs, in each sequence if there are several of these
+    `lengths`. The logit difference is the largest absolute one; that of the sinks' gradients is relative, and None if
+    they take none.
+    """
+    sequences = torch.split(expected[0] == actual[0], list(lengths or [len(actual[0])]))
+    same = sum(int(sequence.cumprod(0).sum()) for sequence in sequences)
     positions = []
     # In pieces, as float32 copies of all logits of a large model would fill the memory.
     for want, have in zip(torch.split(expected[1], 256), torch.split(actual[1], 256), strict=True):
@@ -140,17 +87,19 @@ def compare(expected: Outputs, actual: Outputs) -> Agreement:
     median = torch.cat(positions, dim=1)[2].median().item()
     sinks = ((actual[2] - expected[2]).norm() / expected[2].norm()).item() if actual[2].numel() else None
 
-    tolerance, problems = TOLERANCES[actual[1].dtype], []
-    # Written so that a NaN is a problem.
-    if tolerance.tokens and same < len(actual[0]):
-        problems.append("the greedy tokens differ.")
-    if tolerance.largest is not None and not largest / highest <= tolerance.largest:
-        problems.append(f"max logit difference / max logit is {largest / highest:.1e}, above {tolerance.largest:.0e}.")
-    if not median <= tolerance.median:
-        problems.append(f"the median relative logit difference is {median:.1e}, above {tolerance.median:.0e}.")
-    if tolerance.sinks is not None and sinks is not None and not sinks <= tolerance.sinks:
-        problems.append(f"the relative sink gradient difference is {sinks:.1e}, above {tolerance.sinks:.0e}.")
-    return Agreement(same, largest, sinks, tuple(problems))
+    must_match, bounds = TOLERANCES[actual[1].dtype]
+    judged = {
+        "max logit difference / max logit": largest / highest,
+        "the median relative logit difference": median,
+        "the relative sink gradient difference": sinks,
+    }
+    problems = ["the greedy tokens differ."] if must_match and same < len(actual[0]) else []
+    for (what, value), bound in zip(judged.items(), bounds, strict=True):
+        # Written so that a NaN is a problem.
+        if bound is not None and value is not None and not value <= bound:
+            problems.append(f"{what} is {value:.1e}, above {bound:.0e}.")
+    figures = {"same greedy tokens": (same, len(actual[0])), "max logit diff": largest, "sink grad diff": sinks}
+    return Outcome(figures, tuple(problems))
 
 
 class PeakMemory:
@@ -181,6 +130,7 @@ class PeakMemory:
 
 
 def _resident(field: str) -> int | None:
+    """This line of the kernel's account of the process, in bytes; None where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
+import signal
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +17,27 @@ import pytest
 import torch
 
 from gptoss_opt import ContinuousBatcher, cli, demo, load, with_flash_attention
-from gptoss_opt.demo import DECODE_ROWS, ROWS, SERVE_ROWS, WIDE, DemoError, Row, decode, run_demo, serving
+from gptoss_opt.demo import DemoError, measure, run_demo, serving
+from gptoss_opt.demo.comparison import Case, Column, Comparison, DemoReport, Outcome, Settings, Step
 from gptoss_opt.demo.measure import PeakMemory, compare
-from gptoss_opt.demo.sharded import SHARDED_ROWS
+from gptoss_opt.demo.tables import EXPERTS, SERVING, SHARDED, STACKS, WIDE
 from gptoss_opt.testing import random_checkpoint
 
+SHORT = replace(STACKS, cases=STACKS.cases[:1])
 
-def small_run(**changes: Any) -> demo.Report:
+
+def stacks(*cases: Case) -> tuple[Comparison, ...]:
+    """All comparisons, the first with these cases."""
+    return (replace(STACKS, cases=cases), EXPERTS, SERVING)
+
+
+def figures(report: DemoReport, heading: str) -> list[dict[str, Any]]:
+    """The figures of the comparison that has this column."""
+    (found,) = (one for one in report.comparisons if heading in [column.heading for column in one.columns])
+    return [outcome.figures for outcome in found.outcomes]
+
+
+def small_run(**changes: Any) -> DemoReport:
     """The demo within the process of the tests, on a tiny checkpoint."""
     settings = {"size": "tiny", "wide": None, "lengths": [24, 8], "new_tokens": 4, "isolated": False}
     return run_demo(**{**settings, **changes})
@@ -47,24 +64,36 @@ class Forgetful(ContinuousBatcher):
         return super().submit([*prompt[:-1], 0], *args, **options)
 
 
+def process_of(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:
+    for case in cases:
+        yield f"{case.label}: no work"
+        yield None
+        yield Outcome(dict.fromkeys((column.heading for column in STACKS.columns), os.getpid()))
+
+
+def is_killed(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:
+    yield f"{cases[0].label}: no work"
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def frozen_sinks(model: Any) -> Any:
     for layer in model.model.layers:
         layer.self_attn.sinks.requires_grad_(False)
     return model
 
 
-def test_sharded_over_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [row for row in SHARDED_ROWS if row[0] == "both"]
-    monkeypatch.setattr(demo, "SHARDED_ROWS", rows)
-    report = small_run(lengths=[8], rows=ROWS[:1], decode_rows=(), serve_rows=(), ranks=2)
+def test_sharded_over_two_processes() -> None:
+    assert SHARDED.cases[-1].label == "both"
+    report = small_run(lengths=[8], comparisons=[SHORT, replace(SHARDED, cases=SHARDED.cases[::3])], ranks=2)
     assert report.problems == ()
-    one, *sharded = report.sharded_results
-    assert [line.stack for line in sharded] == ["both, 2 ranks"]
+    one, *sharded = figures(report, "held by")
+    assert [line["held by"] for line in sharded] == ["both, 2 ranks"]
     for line in sharded:
-        assert line.same_tokens == line.new_tokens
-        assert line.held_mib < 0.75 * one.held_mib
-        assert line.tokens_per_second > 0
-    assert "both, 2 ranks" in str(report)
+        assert line["same greedy tokens"] == (5, 5)
+        assert line["parameters of a rank"] < 0.75 * one["parameters of a rank"]
+        assert line["decode"] > 0
+    assert re.search(r"one process  .* MiB \(100%\)  ", str(report))
+    assert re.search(r"both, 2 ranks  yes .* MiB \(\d\d%\)  ", str(report))
 
 
 def test_ranks_that_do_not_divide_the_heads() -> None:
@@ -74,57 +103,63 @@ def test_ranks_that_do_not_divide_the_heads() -> None:
 
 def test_every_stack_at_every_length_gives_the_same_model() -> None:
     report = small_run()
-    assert [(line.length, line.stack) for line in report.results] == [(n, row.label) for n in (8, 24) for row in ROWS]
+    rows = report.comparisons[0].table.rows
+    assert [row[:2] for row in rows] == [[str(n), case.label] for n in (8, 24) for case in STACKS.cases]
+    assert [row[2] for row in rows] == ["-", "yes", "-", "yes"]
     assert report.problems == ()
-    assert [line.stack for line in report.decode_results] == [row.label for row in DECODE_ROWS]
-    for line in report.results:
-        assert line.same_tokens == line.new_tokens == 4
-        assert line.generate_seconds > 0
-        assert line.train_seconds > 0
-        assert line.logit_difference < 1e-4
-        assert line.sink_difference is not None
-        assert line.sink_difference < 1e-4
+    assert [line["experts"] for line in figures(report, "experts")] == [case.label for case in EXPERTS.cases]
+    lines = figures(report, "stack")
+    assert len(lines) == 4
+    for line in lines:
+        assert line["same greedy tokens"] == (4, 4)
+        assert line["generate"] > 0
+        assert line["train step"] > 0
+        assert line["max logit diff"] < 1e-4
+        assert line["sink grad diff"] is not None
+        assert line["sink grad diff"] < 1e-4
 
 
 def test_experts_are_measured_in_each_way_they_are_held() -> None:
-    dense, fast, packed = small_run(dtype="float32", lengths=[8]).decode_results
-    for line in (dense, fast, packed):
-        assert line.same_tokens == line.new_tokens == 5
-        assert line.logit_difference < 1e-4
-        assert line.load_seconds > 0
-        assert line.tokens_per_second > 0
+    lines = figures(small_run(dtype="float32", lengths=[8]), "experts")
+    for line in lines:
+        assert line["same greedy tokens"] == (5, 5)
+        assert line["max logit diff"] < 1e-4
+        assert line["load"] > 0
+        assert line["decode"] > 0
     # Two layers of four experts: three matrices of 64 x 96 each, in 32 and in 4.25 bits.
-    assert dense.expert_mib == fast.expert_mib == 2 * 4 * 3 * 64 * 96 * 4 / 2**20
-    assert packed.expert_mib == dense.expert_mib * 4.25 / 32
+    dense, fast, packed = (line["expert weights"] for line in lines)
+    assert dense == fast == 2 * 4 * 3 * 64 * 96 * 4 / 2**20
+    assert packed == dense * 4.25 / 32
 
 
 def test_experts_that_compute_something_else_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "load", load_with_other_biases)
+    monkeypatch.setattr(measure, "load", load_with_other_biases)
     for dtype in ("float32", "bfloat16"):
-        report = small_run(rows=ROWS[:1], lengths=[8], dtype=dtype)
-        for row in DECODE_ROWS[1:]:
-            assert any(problem.startswith(f"{row.label}: the median") for problem in report.problems)
+        report = small_run(comparisons=[SHORT, EXPERTS, SERVING], lengths=[8], dtype=dtype)
+        for case in EXPERTS.cases[1:]:
+            assert any(problem.startswith(f"{case.label}: the median") for problem in report.problems)
         assert f"NOT THE SAME: {report.problems[0]}" in str(report)
 
 
 @pytest.mark.parametrize("new_tokens", [1, 5])
 def test_prompts_are_served_in_each_way(new_tokens: int) -> None:
-    report = small_run(dtype="float32", rows=ROWS[:1], lengths=[8], new_tokens=new_tokens, decode_rows=())
+    report = small_run(dtype="float32", comparisons=[SHORT, SERVING], lengths=[8], new_tokens=new_tokens)
     assert report.problems == ()
-    assert [line.stack for line in report.served_results] == [row.label for row in SERVE_ROWS]
-    static, *served = report.served_results
-    for line in report.served_results:
-        assert line.same_tokens == line.new_tokens == sum(serving.most_tokens(new_tokens))
-        assert line.logit_difference < 1e-4
-        assert line.tokens_per_second > 0
+    lines = figures(report, "served by")
+    assert [line["served by"] for line in lines] == [case.label for case in SERVING.cases]
+    static, *served = lines
+    for line in lines:
+        assert line["same greedy tokens"] == (sum(serving.token_limits(new_tokens)),) * 2
+        assert line["max logit diff"] < 1e-4
+        assert line["speed"] > 0
     # Two layers of 2 x 2 heads of 16; the sliding one of generate holds 7 tokens, the other all of each row.
     longest = max(map(len, serving.random_prompts(256, seed=0)))
-    assert static.kv_kib == 8 * (longest + new_tokens + 7) * 2 * 2 * 16 * 4 / 2**10
-    assert static.first_token_ms is None
+    assert static["keys and values"] == 8 * (longest + new_tokens + 7) * 2 * 2 * 16 * 4 / 2**10
+    assert static["first token"] is None
     for line in served:
-        assert line.first_token_ms is not None
-        assert line.first_token_ms > 0
-        assert 0 < line.kv_kib < static.kv_kib
+        assert line["first token"] is not None
+        assert line["first token"] > 0
+        assert 0 < line["keys and values"] < static["keys and values"]
 
 
 def test_prompts_to_serve_have_many_lengths_and_the_same_ones_again() -> None:
@@ -133,18 +168,18 @@ def test_prompts_to_serve_have_many_lengths_and_the_same_ones_again() -> None:
     assert [*map(len, prompts)] == [*map(len, others)]
     assert all(prompt[:4] != other[:4] for prompt, other in zip(prompts, others, strict=True))
     assert 8 <= min(map(len, prompts)) < 30 < 90 < max(map(len, prompts)) <= 120
-    assert 8 <= min(serving.most_tokens(16)) < 12 < max(serving.most_tokens(16)) == 17
-    assert serving.most_tokens(1) == [2] * 8
+    assert 8 <= min(serving.token_limits(16)) < 12 < max(serving.token_limits(16)) == 17
+    assert serving.token_limits(1) == [2] * 8
 
 
 def test_a_batcher_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "ContinuousBatcher", Forgetful)
     for dtype in ("float32", "bfloat16"):
-        report = small_run(rows=ROWS[:1], lengths=[8], decode_rows=(), dtype=dtype)
-        for row in SERVE_ROWS[1:]:
-            problems = [problem for problem in report.problems if problem.startswith(f"{row.label}: ")]
+        report = small_run(comparisons=[SHORT, SERVING], lengths=[8], dtype=dtype)
+        for case in SERVING.cases[1:]:
+            problems = [problem for problem in report.problems if problem.startswith(f"{case.label}: ")]
             assert any("the median" in problem for problem in problems)
-            assert (f"{row.label}: the greedy tokens differ." in problems) == (dtype == "float32")
+            assert (f"{case.label}: the greedy tokens differ." in problems) == (dtype == "float32")
         assert re.search(r"ContinuousBatcher  +\d+ of \d\d  ", str(report))
 
 
@@ -152,10 +187,10 @@ def test_the_bar_tells_how_fast_a_batcher_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(serving, "INTERVAL", 0)
-    small_run(rows=ROWS[:1], lengths=[8], decode_rows=())
+    small_run(comparisons=[SHORT, SERVING], lengths=[8])
     shown = capsys.readouterr().err
-    for row in SERVE_ROWS[1:]:
-        assert re.search(rf"{row.label}: [1-9]\d* tokens/s", shown)
+    for case in SERVING.cases[1:]:
+        assert re.search(rf"{case.label}: [1-9]\d* tokens/s", shown)
     assert "| 5/5 " in shown
 
 
@@ -165,23 +200,24 @@ def test_a_step_that_runs_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("gptoss_opt.serve.runner.Runner.forward", fail)
     with pytest.raises(DemoError, match="out of memory, or killed"):
-        small_run(rows=ROWS[:1], lengths=[8], decode_rows=())
+        small_run(comparisons=[SHORT, SERVING], lengths=[8])
 
 
 def test_the_wide_checkpoint_has_experts_as_large_as_those_of_20b() -> None:
     assert (WIDE.hidden, WIDE.intermediate, WIDE.experts_per_token) == (2880, 2880, 4)
-    report = small_run(lengths=[8], wide=replace(WIDE, hidden=64, intermediate=64), decode_rows=DECODE_ROWS[::2])
+    comparisons = (STACKS, replace(EXPERTS, cases=EXPERTS.cases[::2]), SERVING)
+    report = small_run(lengths=[8], wide=replace(WIDE, hidden=64, intermediate=64), comparisons=comparisons)
     assert report.problems == ()
-    assert report.decode_results[1].expert_mib == 8 * 3 * 64 * 64 * 17 / 32 / 2**20
-    assert "one layer as wide" not in report.decode_title
+    assert figures(report, "experts")[1]["expert weights"] == 8 * 3 * 64 * 64 * 17 / 32 / 2**20
+    assert "one layer as wide" not in str(report)
 
 
 def test_what_is_not_packed_in_the_file_is_not_packed(tmp_path: Path) -> None:
     dense = load(random_checkpoint(tmp_path / "packed"))
     dense.save_pretrained(tmp_path / "dense")
     report = small_run(model=str(tmp_path / "dense"), lengths=[8])
-    assert [line.stack for line in report.decode_results] == [row.label for row in DECODE_ROWS[:2]]
-    assert [line.stack for line in report.served_results] == [row.label for row in SERVE_ROWS[:2]]
+    assert [line["experts"] for line in figures(report, "experts")] == [case.label for case in EXPERTS.cases[:2]]
+    assert [line["served by"] for line in figures(report, "served by")] == [case.label for case in SERVING.cases[:2]]
     assert report.problems == ()
 
 
@@ -213,10 +249,43 @@ def test_what_it_prints() -> None:
     assert "NOT THE SAME" not in text
 
 
+def test_cells_are_beside_those_of_the_first_row() -> None:
+    def cells(column: Column, *values: float | None) -> list[str]:
+        first, *others = (Outcome({column.heading: value}) for value in values)
+        return [column.cell(outcome, first) for outcome in (first, *others)]
+
+    assert cells(Column("x"), 1, 2) == ["1", "2"]
+    assert cells(Column("x", "{:.1f} s".format, "less"), 3, 2, 3, None) == ["3.0 s", "2.0 s (1.5x)", "3.0 s", "n/a"]
+    assert cells(Column("x", "{:.0f} MiB".format, "less"), 0, 2) == ["0 MiB", "2 MiB"]
+    assert cells(Column("x", str, "more"), 2, 3) == ["2", "3 (1.5x)"]
+    assert cells(Column("x", str, "share"), 4, 1, 4) == ["4 (100%)", "1 (25%)", "4 (100%)"]
+    assert cells(Column("x", str, "first", missing="none"), None, 0.5, None) == ["-", "0.5", "none"]
+
+
+def test_a_notebook_shows_html() -> None:
+    report = small_run(comparisons=stacks(Case("a < b"), Case("no sinks", without_sinks)), lengths=[8])
+    page = report._repr_html_()
+    assert page.count("<table>") == len(report.comparisons) == 3
+    assert "a &lt; b" in page
+    assert "a < b" not in page
+    assert "NOT THE SAME: no sinks at length 8: " in page
+
+
+def test_models_with_the_same_wrapper_share_a_process_of_their_own() -> None:
+    cases = (Case("a"), Case("b"), Case("c", with_flash_attention()))
+    comparison = replace(STACKS, cases=cases, measure=process_of)
+    report = small_run(comparisons=[comparison], isolated=True)
+    a, b, c = (outcome.figures["generate"] for outcome in report.comparisons[0].outcomes)
+    assert a == b
+    assert len({a, c, os.getpid()}) == 3
+    with pytest.raises(DemoError, match="out of memory, or killed"):
+        small_run(comparisons=[replace(comparison, cases=cases[:1], measure=is_killed)], isolated=True)
+
+
 def test_a_stack_that_changes_the_model_is_found() -> None:
-    rows = (Row("eager"), Row("no sinks", without_sinks))
+    comparisons = stacks(Case("eager"), Case("no sinks", without_sinks))
     for dtype in ("float32", "bfloat16"):
-        report = small_run(rows=rows, lengths=[24], dtype=dtype)
+        report = small_run(comparisons=comparisons, lengths=[24], dtype=dtype)
         assert any(problem.startswith("no sinks at length 24: the median") for problem in report.problems)
         assert f"NOT THE SAME: {report.problems[0]}" in str(report)
 
@@ -226,23 +295,24 @@ def test_16_bits_have_room_for_rounding() -> None:
 
 
 def test_frozen_sinks_are_not_judged_and_lost_gradients_are() -> None:
-    report = small_run(rows=(Row("eager"), Row("frozen", frozen_sinks)), lengths=[8])
+    report = small_run(comparisons=stacks(Case("eager"), Case("frozen", frozen_sinks)), lengths=[8])
     assert report.problems == ()
     assert "no gradient" in str(report)
     tokens, logits, sinks = torch.ones(2), torch.randn(300, 8), torch.randn(6)
     agreement = compare((tokens, logits, sinks), (tokens, logits, torch.zeros(6)))
-    assert agreement.sink_difference == 1
+    assert agreement.figures["sink grad diff"] == 1
     assert len(agreement.problems) == 1
 
 
 def test_compare_sees_every_position_and_nan() -> None:
     first = (torch.tensor([1, 2, 3]), torch.randn(300, 8), torch.randn(6))
-    assert compare(first, first) == (3, 0.0, 0.0, ())
+    same = {"same greedy tokens": (3, 3), "max logit diff": 0.0, "sink grad diff": 0.0}
+    assert compare(first, first) == Outcome(same, problems=())
     logits = first[1].clone()
     logits[299, 7] += 1
     other = compare(first, (torch.tensor([1, 5, 3]), logits, first[2]))
-    assert other.same_tokens == 1
-    assert other.logit_difference == pytest.approx(1, rel=1e-3)
+    assert other.figures["same greedy tokens"] == (1, 3)
+    assert other.figures["max logit diff"] == pytest.approx(1, rel=1e-3)
     assert [problem.split()[:2] for problem in other.problems] == [["the", "greedy"], ["max", "logit"]]
     assert len(compare(first, (first[0], logits * torch.nan, first[2])).problems) == 2
 
@@ -267,18 +337,18 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     given: list[Any] = []
 
-    def run(model: str | None, **options: Any) -> demo.Report:
+    def run(model: str | None, **options: Any) -> DemoReport:
         given.append((model, options))
-        return small_run(model=model, rows=rows, **options)
+        return small_run(model=model, comparisons=comparisons, **options)
 
     monkeypatch.setattr(demo, "run_demo", run)
     path = str(random_checkpoint(tmp_path / "checkpoint"))
-    rows: tuple[Row, ...] = ROWS
+    comparisons = stacks(*STACKS.cases)
     arguments = ["demo", "--model", path, "--lengths", "8", "12", "--new-tokens", "3", "--dtype", "float32"]
     assert cli.main(arguments) == 0
     assert given == [(path, {"lengths": [8, 12], "new_tokens": 3, "dtype": "float32"})]
     assert f'load("{path}", with_mxfp4_experts(), with_flash_attention())' in capsys.readouterr().out
-    rows = (Row("eager"), Row("no sinks", without_sinks))
+    comparisons = stacks(Case("eager"), Case("no sinks", without_sinks))
     assert cli.main(arguments) == 1
     assert "NOT THE SAME" in capsys.readouterr().out
 
@@ -324,7 +394,7 @@ def test_out_of_memory_is_said(error: Exception, monkeypatch: pytest.MonkeyPatch
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(demo, "_measure", fail)
+    monkeypatch.setattr("gptoss_opt.demo.stacks.verify", fail)
     with pytest.raises(DemoError, match="out of memory, or killed: use shorter --lengths or a smaller model."):
         small_run()
 
@@ -333,6 +403,6 @@ def test_a_wrapper_that_refuses_is_quoted(tmp_path: Path, monkeypatch: pytest.Mo
     path = random_checkpoint(tmp_path / "checkpoint")
     config = path / "config.json"
     config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
-    rows = (Row("x", with_flash_attention),)
-    monkeypatch.setattr(demo, "run_demo", lambda model: small_run(model=model, rows=rows))
+    comparisons = stacks(Case("x", with_flash_attention()))
+    monkeypatch.setattr(demo, "run_demo", lambda model: small_run(model=model, comparisons=comparisons))
     assert cli.main(["demo", "--model", str(path)]) == 2

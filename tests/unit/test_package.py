@@ -39,7 +39,8 @@ PUBLIC = {
 
 # Who may import whom, inside the package. Nothing imports upward, and wrappers never import each other.
 LAYERS: dict[str, set[str]] = {
-    "core": set(),
+    "table": set(),
+    "core": {"table"},
     "kernels": set(),
     "distributed": {"core"},
     "model": {"core", "distributed", "kernels"},
@@ -48,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
     "load": {"core", "model"},
     "version": set(),
     "testing": set(),
-    "demo": {"testing", "core", "load", "model", "serve", "wrappers", ""},
+    "demo": {"table", "testing", "core", "load", "model", "serve", "wrappers", ""},
     "cli": {"demo", ""},
     "__main__": {"cli"},
     "__init__": {"core", "distributed", "load", "model", "serve", "wrappers", "version"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -133,6 +134,12 @@ def test_an_empty_folder_and_new_parents_will_do(tmp_path: Path) -> None:
     assert random_checkpoint(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
     (tmp_path / "empty").mkdir()
     assert files(random_checkpoint(tmp_path / "empty")) == files(tmp_path / "a" / "b")
+
+
+def test_a_size_may_be_given_as_a_shape(tiny: Path, tmp_path: Path) -> None:
+    assert files(random_checkpoint(tmp_path / "same", SIZES["tiny"])) == files(tiny)
+    model = load(random_checkpoint(tmp_path / "narrow", replace(SIZES["tiny"], layers=1, experts=2)))
+    assert (model.config.num_hidden_layers, model.config.num_local_experts) == (1, 2)
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
