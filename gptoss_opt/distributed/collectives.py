@@ -7,7 +7,8 @@ al. 2019, Megatron-LM, section 3, where these two are called g and f).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,97 +16,63 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+Change = Callable[[Tensor], Tensor]
 
-class _AllReduceOutput(torch.autograd.Function):
+
+class _Through(torch.autograd.Function):
+    """`forward(x)`, whose gradient is `backward` of the gradient that comes back."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        y = x.clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, x: Tensor, forward: Change, backward: Change) -> Tensor:
+        ctx.back = backward
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(grads[0]), None, None
+
+
+def _through(x: Tensor, forward: Change, backward: Change) -> Tensor:
+    return cast(Tensor, _Through.apply(x, forward, backward))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _view(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+def _summed(x: Tensor, groups: Sequence[ProcessGroup], num_ranks: int = 1) -> Tensor:
+    y = x.clone(memory_format=torch.contiguous_format) if num_ranks == 1 else (x / num_ranks).contiguous()
+    for group in groups:
         distributed.all_reduce(y, group=group)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
+    return y
 
 
-class _AllReduceGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = grads[0].clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+def _gathered(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(parts, padded, group=group)
+    return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
 
-class _AllGatherLast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.rank = sizes, distributed.get_rank(group)
-        padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in sizes]
-        distributed.all_gather(parts, padded, group=group)
-        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].split(ctx.sizes, -1)[ctx.rank].contiguous(), None, None
-
-
-class _MeanGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: list[ProcessGroup], num_ranks: int) -> Tensor:
-        ctx.groups, ctx.num_ranks = groups, num_ranks
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = (grads[0] / ctx.num_ranks).contiguous()
-        for group in ctx.groups:
-            distributed.all_reduce(gradient, group=group)
-        return gradient, None, None
-
-
-class _AddOnce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, here: bool) -> Tensor:
-        return x.view_as(x) if here else torch.zeros_like(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        y = x.new_empty(sum(received), *x.shape[1:])
-        distributed.all_to_all_single(y, x.contiguous(), received, sent, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _AllToAll.apply(grads[0], ctx.received, ctx.sent, ctx.group)
-        return cast(Tensor, gradient), None, None, None
+def _sent(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
+    y = x.new_empty(sum(received), *x.shape[1:])
+    distributed.all_to_all_single(y, x.contiguous(), list(received), list(sent), group=group)
+    return y
 
 
 def all_reduce_output(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of every rank's `x`, the same on all; its gradient goes to each rank's `x` as it is."""
-    return cast(Tensor, _AllReduceOutput.apply(x, group))
+    return _through(x, partial(_summed, groups=[group]), _same)
 
 
 def all_reduce_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
     """`x`, which is the same on all ranks; its gradient is the sum of every rank's."""
-    return cast(Tensor, _AllReduceGradient.apply(x, group))
+    return _through(x, _view, partial(_summed, groups=[group]))
 
 
 def all_gather_last(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -113,12 +80,17 @@ def all_gather_last(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Ten
 
     All ranks go on with the same result and have the same gradient of it: each takes its own part.
     """
-    return cast(Tensor, _AllGatherLast.apply(x, list(sizes), group))
+    begin = sum(sizes[: distributed.get_rank(group)])
+    return _through(x, partial(_gathered, sizes=sizes, group=group), partial(_part, begin=begin, size=x.shape[-1]))
+
+
+def _part(x: Tensor, begin: int, size: int) -> Tensor:
+    return x.narrow(-1, begin, size).contiguous()
 
 
 def mean_gradient(x: Tensor, groups: Sequence[ProcessGroup], num_ranks: int) -> Tensor:
     """`x`; its gradient is summed over the ranks of each group, and divided by `num_ranks`."""
-    return cast(Tensor, _MeanGradient.apply(x, list(groups), num_ranks))
+    return _through(x, _view, partial(_summed, groups=groups, num_ranks=num_ranks))
 
 
 def add_once(x: Tensor, here: bool) -> Tensor:
@@ -126,7 +98,7 @@ def add_once(x: Tensor, here: bool) -> Tensor:
 
     Its gradient is the same either way: that of the sum, which all ranks know.
     """
-    return cast(Tensor, _AddOnce.apply(x, here))
+    return _through(x, _view if here else torch.zeros_like, _same)
 
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -141,7 +113,8 @@ def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: P
     Returns:
         `[sum(received), ...]`, those of rank 0 first.
     """
-    return cast(Tensor, _AllToAll.apply(x, list(sent), list(received), group))
+    there = partial(_sent, sent=sent, received=received, group=group)
+    return _through(x, there, partial(_sent, sent=received, received=sent, group=group))
 
 
 def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
