@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from gptoss_opt.kernels.attention import Rules, Visible
-from gptoss_opt.kernels.attention.reference import reference_attention
+from gptoss_opt.kernels.attention.impl.reference import reference_attention
 from gptoss_opt.kernels.mxfp4 import pack, unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "small"
