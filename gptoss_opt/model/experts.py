@@ -17,7 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from ..core import STORAGES, Journal, Sliced, Split, Stored
 from ..kernels import memory
-from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, Dense, ExpertsRequest, Packed, experts
+from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, DenseWeights, ExpertsRequest, PackedWeights, experts
 from ..kernels.mxfp4 import BLOCK, pack, unpack
 from .host import config_paths
 
@@ -142,12 +142,12 @@ def set_packed_format(model: nn.Module, journal: Journal) -> tuple[str, ...]:
     return ("config.quantization_config: mxfp4, so that save_pretrained writes the released format",)
 
 
-def _weights(module: Any, projection: str) -> Dense | Packed:
+def _weights(module: Any, projection: str) -> DenseWeights | PackedWeights:
     # Attributes, not parameters: of a sharded model they are what this rank holds.
     bias = getattr(module, f"{projection}_bias")
     if projection in module._parameters:
-        return Dense(getattr(module, projection), bias)
-    return Packed(getattr(module, f"{projection}_blocks"), getattr(module, f"{projection}_scales"), bias)
+        return DenseWeights(getattr(module, projection), bias)
+    return PackedWeights(getattr(module, f"{projection}_blocks"), getattr(module, f"{projection}_scales"), bias)
 
 
 def experts_forward(

@@ -55,8 +55,8 @@ def forward(kernel: TileKernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, 
     queries, keys = _in_groups((q, out, lse), (k, v))
     for tile, mask in _plan(q, k, rules.window, rules.visible):
         q_tile, out_tile, lse_tile = map(tile.queries, queries)
-        call = TileCall(mask, tile.causal, rules.scale)
-        part, part_lse = kernel.forward(q_tile, *map(tile.keys, keys), call)
+        k_tile, v_tile = map(tile.keys, keys)
+        part, part_lse = kernel.forward(q_tile, k_tile, v_tile, TileCall(mask, tile.causal, rules.scale))
         _merge(out_tile, lse_tile, part, part_lse[..., None], tile.first)
     return out, lse.squeeze(-1)
 
@@ -74,8 +74,9 @@ def backward(
     queries, keys = _in_groups((d_out, q, out, lse, dq), (k, v))
     for tile, mask in _plan(q, k, rules.window, rules.visible):
         d_out_tile, q_tile, out_tile, lse_tile, dq_tile = map(tile.queries, queries)
+        k_tile, v_tile = map(tile.keys, keys)
         call = TileCall(mask, tile.causal, rules.scale)
-        parts = kernel.backward(d_out_tile, q_tile, *map(tile.keys, keys), out_tile, lse_tile, call)
+        parts = kernel.backward(d_out_tile, q_tile, k_tile, v_tile, out_tile, lse_tile, call)
         if tile.first:
             dq_tile.copy_(parts[0])
         else:
@@ -95,7 +96,7 @@ def _decodes(q: Tensor, k: Tensor, rules: Rules) -> bool:
 
 
 def _in_groups(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What tiles take views of: query-like [B, H, T, *] as [B, N, G, T, *], and keys [B, N, S, D] as [B, N, G, S, D]."""
+    """What tiles take views of: queries [B, H, T, *] as [B, N, G, T, *], and keys [B, N, S, D] as [B, N, G, S, D]."""
     shape = keys[0].shape[1], queries[0].shape[1] // keys[0].shape[1]
     wide = [x[:, :, None].expand(-1, -1, shape[1], -1, -1) for x in keys]
     return [x.unflatten(1, shape) for x in queries], wide
