@@ -46,7 +46,7 @@ class FlashAttnPackage:
 
     Attributes:
         distribution, module: what is installed, and what is imported.
-        oldest: the first version whose functions we know.
+        min_version: the first version whose functions we know.
         capabilities: the major compute capabilities it runs on.
         dtypes: the dtypes it takes.
     """
@@ -54,7 +54,7 @@ class FlashAttnPackage:
     name: str
     distribution: str
     module: str
-    oldest: str
+    min_version: str
     capabilities: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     kernel: varlen.VarlenKernel
@@ -73,8 +73,8 @@ class FlashAttnPackage:
             version = metadata.version(self.distribution)
         except metadata.PackageNotFoundError:
             return f"the package {self.distribution} is not installed"
-        if Version(version) < Version(self.oldest):
-            return f"needs {self.distribution} {self.oldest} or newer, not {version}"
+        if Version(version) < Version(self.min_version):
+            return f"needs {self.distribution} {self.min_version} or newer, not {version}"
         if importlib.util.find_spec(self.module.split(".")[0]) is None:
             return f"{self.distribution} {version} has no module {self.module}"
         major, _ = torch.cuda.get_device_capability()
