@@ -118,9 +118,9 @@ def _dtype(x: Tensor, *projections: ExpertWeights, which: int) -> torch.dtype:
         problem = f"the native library {why_not(x.device.type, x.dtype)}"
         raise ValueError(f"{problem}: moved or cast after it was wrapped. Apply the wrapper again: it chooses anew.")
     for weights in projections:
+        values = weights.weight if isinstance(weights, DenseWeights) else weights.blocks
         dense = isinstance(weights, DenseWeights)
         wanted = torch.bfloat16 if dense else torch.uint8
-        values = weights.weight if isinstance(weights, DenseWeights) else weights.blocks
         if values.device.type != "cpu" or values.dtype != wanted:
             raise ValueError(
                 f"the native library takes {wanted} weights on cpu, and these are {values.dtype} on {values.device}: "
@@ -148,6 +148,7 @@ def _check_sizes(**sizes: tuple[Sequence[int], Sequence[int]]) -> None:
 
 
 def _matrices(weights: ExpertWeights, bias: Tensor | None, dtype: torch.dtype) -> Matrices:
+    """The weights as the library takes them, with a bias in `dtype`."""
     if isinstance(weights, DenseWeights):
         values, scales = weights.weight.contiguous(), None
         _, rows, length = weights.shape
@@ -166,7 +167,8 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     if backward:
         width, out_width = out_width, width
     _check_sizes(rows=(x.shape, (len(x), width)), offsets=(offsets.shape, (num_experts,)))
-    rows, half, packed = x.to(dtype).contiguous(), dtype == torch.bfloat16, not isinstance(weights, DenseWeights)
+    half, packed = dtype == torch.bfloat16, not isinstance(weights, DenseWeights)
+    rows, offsets = x.to(dtype).contiguous(), offsets.contiguous()
     matrices = _matrices(weights, None if backward else weights.bias, dtype)
     y = rows.new_empty(x.shape[0], out_width)
     y[int(offsets[-1]) :] = 0
@@ -176,7 +178,7 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
         packed == backward,
         rows.data_ptr(),
         y.data_ptr(),
-        offsets.contiguous().data_ptr(),
+        offsets.data_ptr(),
         matrices,
         None if room is None else room.data_ptr(),
         offsets.numel(),
