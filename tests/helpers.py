@@ -15,7 +15,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from gptoss_opt.core import WRAPPERS
 from gptoss_opt.kernels.attention import Rules, Visible
-from gptoss_opt.kernels.attention.reference import reference_attention
+from gptoss_opt.kernels.attention.impl.reference import reference_attention
 from gptoss_opt.kernels.mxfp4 import pack, unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "small"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..core import Attachment, Journal
-from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, Dense, ExpertsRequest, Packed, experts
+from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, DenseWeights, ExpertsRequest, PackedWeights, experts
 from ..kernels.mxfp4 import BLOCK
 from .host import config_paths
 from .modules import expert_modules
@@ -94,12 +94,12 @@ def set_packed_format(model: nn.Module, journal: Journal) -> tuple[str, ...]:
     return ("config.quantization_config: mxfp4, so that save_pretrained writes the released format",)
 
 
-def _weights(module: Any, projection: str) -> Dense | Packed:
+def _weights(module: Any, projection: str) -> DenseWeights | PackedWeights:
     # Attributes, not parameters: of a sharded model they are what this rank holds.
     bias = getattr(module, f"{projection}_bias")
     if projection in module._parameters:
-        return Dense(getattr(module, projection), bias)
-    return Packed(getattr(module, f"{projection}_blocks"), getattr(module, f"{projection}_scales"), bias)
+        return DenseWeights(getattr(module, projection), bias)
+    return PackedWeights(getattr(module, f"{projection}_blocks"), getattr(module, f"{projection}_scales"), bias)
 
 
 def experts_forward(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gptoss_opt import explain, load, with_fast_experts, with_flash_attention, with_mxfp4_experts
-from gptoss_opt.kernels.experts import Packed, experts
+from gptoss_opt.kernels.experts import PackedWeights, experts
 from gptoss_opt.kernels.mxfp4 import pack
 from gptoss_opt.testing import random_checkpoint
 from tests.helpers import ids, loss_and_gradients, relative, tiny_model
@@ -52,11 +52,11 @@ def layer() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
     packed = []
     for num_out, num_in in ((256, 256), (256, 128)):
         blocks, scales = pack(torch.randn(8, num_out, num_in) / num_in**0.5)
-        packed.append(Packed(blocks.cuda(), scales.cuda(), torch.randn(8, num_out).bfloat16().cuda()))
+        packed.append(PackedWeights(blocks.cuda(), scales.cuda(), torch.randn(8, num_out).bfloat16().cuda()))
 
-    def run(x: torch.Tensor, indices: torch.Tensor, routing: torch.Tensor) -> torch.Tensor:
+    def run(x: torch.Tensor, indices: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return experts(x, indices, routing, *packed, alpha=1.702, limit=7.0, backend="triton")
+            return experts(x, indices, routing_weights, *packed, alpha=1.702, limit=7.0, backend="triton")
 
     return run
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gptoss_opt.kernels.attention import Rules, Visible, attention, varlen
+from gptoss_opt.kernels.attention.impl.reference import reference_attention
+from gptoss_opt.kernels.attention.impl.torch_cpu import TorchCpu
 from gptoss_opt.kernels.attention.op import sink_attention
-from gptoss_opt.kernels.attention.reference import reference_attention
-from gptoss_opt.kernels.attention.torch_cpu import TorchCpu
 from gptoss_opt.kernels.attention.visible import starts_from_cu_seq_lens, starts_from_positions
 from tests.helpers import assert_within_budget, differentiate, relative
 from tests.kernels.emulated import EmulatedKernel

@@ -23,16 +23,18 @@ from gptoss_opt.kernels import native as native_library
 from gptoss_opt.kernels.experts import (
     DENSE_BACKENDS,
     PACKED_BACKENDS,
-    Dense,
+    DenseWeights,
     ExpertsRequest,
-    Packed,
+    PackedWeights,
     Routes,
     activation,
-    dense_op,
     experts,
-    native,
-    op,
 )
+from gptoss_opt.kernels.experts import dense as dense_op
+from gptoss_opt.kernels.experts import packed as packed_op
+from gptoss_opt.kernels.experts.impl.native import NATIVE as native
+from gptoss_opt.kernels.experts.impl.native import NATIVE_DENSE as native_dense
+from gptoss_opt.kernels.experts.impl.reference import REFERENCE as reference
 from gptoss_opt.kernels.mxfp4 import FP4_VALUES, pack
 from tests.helpers import assert_as_exact, differentiate, relative
 
@@ -62,7 +64,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 }
 
 
-def decoded(packed: Packed) -> Tensor:
+def decoded(packed: PackedWeights) -> Tensor:
     """The weights [E, in, out] in float64, by the definition of the format."""
     codes = torch.stack((packed.blocks & 15, packed.blocks >> 4), -1).flatten(-2).long()
     values = torch.tensor(FP4_VALUES, dtype=torch.float64)[codes]
@@ -70,7 +72,15 @@ def decoded(packed: Packed) -> Tensor:
 
 
 def truth(
-    x: Tensor, routing: Tensor, b1: Tensor, b2: Tensor, w1: Tensor, w2: Tensor, *, indices: Tensor, limit: float = LIMIT
+    x: Tensor,
+    routing_weights: Tensor,
+    b1: Tensor,
+    b2: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    indices: Tensor,
+    limit: float = LIMIT,
 ) -> Tensor:
     """All tokens through every expert, weighted by what is routed there."""
     out = torch.zeros_like(x)
@@ -78,7 +88,7 @@ def truth(
         hidden = x @ w1[e] + b1[e]
         gate, up = hidden[:, 0::2].clamp(max=limit), hidden[:, 1::2].clamp(-limit, limit)
         y = ((up + 1) * gate / (1 + torch.exp(-ALPHA * gate))) @ w2[e] + b2[e]
-        out = out + (routing * (indices == e)).sum(-1, keepdim=True) * y
+        out = out + (routing_weights * (indices == e)).sum(-1, keepdim=True) * y
     return out
 
 
@@ -91,26 +101,26 @@ class Problem:
         self.indices = torch.rand(tokens, num_experts).argsort(-1)[:, :top_k]
         if shape == "all in one expert":
             self.indices.fill_(1)
-        routing = torch.rand(tokens, top_k).softmax(-1)
+        routing_weights = torch.rand(tokens, top_k).softmax(-1)
         self.packed = []
         for num_in, num_out in ((hidden, 2 * inner), (inner, hidden)):
             blocks, scales = pack(torch.randn(num_experts, num_out, num_in) / math.sqrt(num_in))
-            self.packed.append(Packed(blocks, scales))
+            self.packed.append(PackedWeights(blocks, scales))
         biases = [torch.randn(num_experts, width) * 0.3 for width in (2 * inner, hidden)]
         dense = [decoded(packed) for packed in self.packed]
-        self.inputs = [tensor.to(dtype) for tensor in (x, routing, *biases, *dense)]
+        self.inputs = [tensor.to(dtype) for tensor in (x, routing_weights, *biases, *dense)]
         self.d_out = torch.randn(tokens, hidden).to(dtype)
 
     def run(self, backend: str, limit: float = LIMIT) -> Callable[..., Tensor]:
         kind, name = backend.split()
 
-        def call(x: Tensor, routing: Tensor, b1: Tensor, b2: Tensor, *given: Tensor) -> Tensor:
+        def call(x: Tensor, routing_weights: Tensor, b1: Tensor, b2: Tensor, *given: Tensor) -> Tensor:
             dense = given or self.inputs[4:]
             if kind == "packed":
                 weights = [replace(packed, bias=bias) for packed, bias in zip(self.packed, (b1, b2), strict=True)]
             else:
-                weights = [Dense(weight, bias) for weight, bias in zip(dense, (b1, b2), strict=True)]
-            return experts(x, self.indices, routing, *weights, alpha=ALPHA, limit=limit, backend=name)
+                weights = [DenseWeights(weight, bias) for weight, bias in zip(dense, (b1, b2), strict=True)]
+            return experts(x, self.indices, routing_weights, *weights, alpha=ALPHA, limit=limit, backend=name)
 
         return call
 
@@ -184,7 +194,7 @@ def controls(problem: Problem) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         wrong.__dict__ = {**problem.__dict__, **changes}
         return wrong.run("packed native")(*wrong.inputs)
 
-    x, routing, b1, b2, *dense = problem.inputs
+    x, routing_weights, b1, b2, *dense = problem.inputs
     swapped = [replace(p, blocks=(p.blocks >> 4) | (p.blocks << 4)) for p in problem.packed]
     rows = [replace(p, blocks=p.blocks.roll(1, 1), scales=p.scales.roll(1, 1)) for p in problem.packed]
     shifted = [replace(p, scales=p.scales.roll(1, 2)) for p in problem.packed]
@@ -192,11 +202,11 @@ def controls(problem: Problem) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "nibbles swapped in down", lambda: run(packed=[problem.packed[0], swapped[1]])
     yield "gate and up exchanged", lambda: run(packed=[rows[0], problem.packed[1]])
     yield "scales shifted by a block", lambda: run(packed=[shifted[0], problem.packed[1]])
-    yield "no bias of gate_up", lambda: run(inputs=[x, routing, 0 * b1, b2, *dense])
-    yield "no bias of down", lambda: run(inputs=[x, routing, b1, 0 * b2, *dense])
-    yield "biases of another expert", lambda: run(inputs=[x, routing, b1.roll(1, 0), b2, *dense])
+    yield "no bias of gate_up", lambda: run(inputs=[x, routing_weights, 0 * b1, b2, *dense])
+    yield "no bias of down", lambda: run(inputs=[x, routing_weights, b1, 0 * b2, *dense])
+    yield "biases of another expert", lambda: run(inputs=[x, routing_weights, b1.roll(1, 0), b2, *dense])
     yield "one route to another expert", lambda: run(indices=torch.cat((problem.indices[:1] + 1, problem.indices[1:])))
-    yield "weights of another token", lambda: run(inputs=[x, routing.roll(1, 0), b1, b2, *dense])
+    yield "weights of another token", lambda: run(inputs=[x, routing_weights.roll(1, 0), b1, b2, *dense])
 
 
 def test_mistakes_are_noticed() -> None:
@@ -258,11 +268,11 @@ def test_inputs_of_any_layout_and_index_dtype(backend: str, dtype: torch.dtype) 
 def test_without_biases_and_with_routing_in_float32(backend: str, dtype: torch.dtype) -> None:
     kind, name = backend.split()
     problem = Problem("every expert", dtype)
-    x, routing, b1, b2, *dense = problem.inputs
-    weights = problem.packed if kind == "packed" else [Dense(w) for w in dense]
-    out = experts(x, problem.indices, routing.float(), *weights, alpha=ALPHA, limit=LIMIT, backend=name)
+    x, routing_weights, b1, b2, *dense = problem.inputs
+    weights = problem.packed if kind == "packed" else [DenseWeights(w) for w in dense]
+    out = experts(x, problem.indices, routing_weights.float(), *weights, alpha=ALPHA, limit=LIMIT, backend=name)
     assert out.dtype == dtype
-    exact = truth(*(t.double() for t in (x, routing, 0 * b1, 0 * b2, *dense)), indices=problem.indices)
+    exact = truth(*(t.double() for t in (x, routing_weights, 0 * b1, 0 * b2, *dense)), indices=problem.indices)
     assert relative(out, exact) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -284,8 +294,8 @@ def threads() -> Iterator[Callable[[int], None]]:
 def test_same_bits_on_any_number_of_threads(threads: Callable[[int], None], alone: bool, monkeypatch: Any) -> None:
     if alone:
         # Without the fork-join of torch's OpenMP runtime, on threads of its own.
-        library = native.library()._replace(parallel=None)
-        monkeypatch.setattr(native, "library", lambda: library)
+        library = native_library.library()._replace(parallel=None)
+        monkeypatch.setattr("gptoss_opt.kernels.experts.impl.native.library", lambda: library)
     for backend, dtype in [(backend, dtype) for backend, dtype in EACH if "native" in backend]:
         # Dense weights with their gradients apart: those are torch's own products.
         problem = Problem("all in one expert", dtype)
@@ -304,22 +314,22 @@ def test_same_bits_on_any_number_of_threads(threads: Callable[[int], None], alon
         args = (gate_up, ALPHA, LIMIT)
         results.append(torch.cat((native.swiglu(*args), native.swiglu_backward(d_out, *args)), 1))
     assert torch.equal(*results)
-    assert relative(results[0][:, :4100], activation.swiglu(gate_up.double(), ALPHA, LIMIT)) < 1e-6
+    assert relative(results[0][:, :4100], reference.swiglu(gate_up.double(), ALPHA, LIMIT)) < 1e-6
 
 
 # The native library.
 
-SETS = range(len(native.INSTRUCTION_SETS))
+SETS = range(len(native_library.INSTRUCTION_SETS))
 
 
 def needs(which: int) -> None:
-    if which > native.library().best:
-        pytest.skip(f"this CPU has no {native.INSTRUCTION_SETS[which]}")
+    if which > native_library.library().best:
+        pytest.skip(f"this CPU has no {native_library.INSTRUCTION_SETS[which]}")
 
 
-def exact_product(x: Tensor, ends: list[int], packed: Packed, backward: bool) -> Tensor:
+def exact_product(x: Tensor, offsets: list[int], packed: PackedWeights, backward: bool) -> Tensor:
     weights, rows, begin = decoded(packed), [], 0
-    for e, end in enumerate(ends):
+    for e, end in enumerate(offsets):
         if backward:
             rows.append(x[begin:end].double() @ weights[e].T)
         else:
@@ -345,15 +355,15 @@ def test_native_product(dtype: torch.dtype, which: int) -> None:
             size = (len(counts), num_out, num_blocks)
             blocks = torch.randint(256, (*size, 16), dtype=torch.uint8)
             bias = torch.randn(len(counts), num_out).to(dtype) if with_bias else None
-            packed = Packed(blocks, torch.randint(118, 130, size, dtype=torch.uint8), bias)
-            ends = torch.tensor(counts).cumsum(0)
-            rows = int(ends[-1]) + 2
+            packed = PackedWeights(blocks, torch.randint(118, 130, size, dtype=torch.uint8), bias)
+            offsets = torch.tensor(counts).cumsum(0)
+            rows = int(offsets[-1]) + 2
             for backward, width in ((False, 32 * num_blocks), (True, num_out)):
                 x = torch.randn(rows, width).to(dtype)
                 function = native.backward if backward else native.forward
-                y = function(x, ends.int(), packed, instruction_set=which)
+                y = function(x, offsets.int(), packed, instruction_set=which)
                 assert y.dtype == dtype
-                exact = exact_product(x, ends.tolist(), packed, backward)
+                exact = exact_product(x, offsets.tolist(), packed, backward)
                 assert y.shape == exact.shape
                 assert relative(y, exact) < tolerance, (num_out, num_blocks, counts, with_bias, backward)
                 assert not y[-2:].any()
@@ -369,15 +379,17 @@ def test_the_whole_layer_in_one_native_call(dtype: torch.dtype, which: int, shap
     problem.indices[1::3, -1] = SHAPES[shape][0]
     weights = [replace(p, bias=bias) for p, bias in zip(problem.packed, problem.inputs[2:4], strict=True)]
 
-    def whole(*weights: Dense | Packed, indices: Tensor = problem.indices, limit: float = 1.0) -> Tensor:
+    def whole(*weights: DenseWeights | PackedWeights, indices: Tensor = problem.indices, limit: float = 1.0) -> Tensor:
         args = (*problem.inputs[:1], indices, problem.inputs[1], *weights, ALPHA, limit)
-        return native.experts(*args, instruction_set=which)
+        return native.fused(*args, instruction_set=which)
 
     exact, given = problem.truth(1.0)[0], problem.inputs[2:4]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     found = [whole(*weights)]
-    if dtype == torch.bfloat16 and which == native.BFLOAT16:
-        found.append(whole(*(Dense(weight, bias) for weight, bias in zip(problem.inputs[4:], given, strict=True))))
+    if dtype == torch.bfloat16 and which == native_library.BFLOAT16:
+        found.append(
+            whole(*(DenseWeights(weight, bias) for weight, bias in zip(problem.inputs[4:], given, strict=True)))
+        )
     for out in found:
         assert (out.dtype, out.shape) == (dtype, exact.shape)
         assert relative(out, exact) < tolerance
@@ -397,14 +409,14 @@ def test_every_code_under_every_scale_in_the_native_product(dtype: torch.dtype, 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 255, 1, 1)
     # The largest scales overflow for all but the smallest codes.
     blocks[:, 253:] &= 0x99
-    packed = Packed(blocks, torch.arange(255).to(torch.uint8)[None, :, None].repeat(1, 1, 16))
+    packed = PackedWeights(blocks, torch.arange(255).to(torch.uint8)[None, :, None].repeat(1, 1, 16))
     weights = decoded(packed)[0].to(dtype)
     assert weights.isfinite().all()
     # AVX-512 BF16 takes what is below the smallest normal number for zero, as its inputs and its results.
     tiny = torch.finfo(dtype).tiny if dtype == torch.bfloat16 else 0
-    ends = torch.tensor([512], dtype=torch.int32)
+    offsets = torch.tensor([512], dtype=torch.int32)
     for y in (
-        native.forward(torch.eye(512, dtype=dtype), ends, packed, instruction_set=which),
+        native.forward(torch.eye(512, dtype=dtype), offsets, packed, instruction_set=which),
         native.backward(torch.eye(255, dtype=dtype), torch.tensor([255], dtype=torch.int32), packed).T,
     ):
         torch.testing.assert_close(y.double(), weights.double(), rtol=0, atol=tiny)
@@ -447,7 +459,7 @@ def plain_swiglu(gate_up: Tensor, limit: float) -> Tensor:
     return (up + 1) * gate / (1 + torch.exp(-ALPHA * gate))
 
 
-KERNELS = {"native": native, "reference": activation}
+KERNELS = {"native": native, "reference": reference}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -519,11 +531,11 @@ def operands(name: str) -> tuple[Any, ...]:
         torch.randint(256, (*size, 16), dtype=torch.uint8),
         torch.randint(118, 130, size, dtype=torch.uint8),
     )
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     x, d_y = torch.randn(7, 64), torch.randn(7, 6)
     return {
-        "packed_linear": (x.requires_grad_(), ends, blocks, scales, torch.randn(3, 6, requires_grad=True)),
-        "packed_linear_backward": (d_y, ends, blocks, scales),
+        "packed_linear": (x.requires_grad_(), offsets, blocks, scales, torch.randn(3, 6, requires_grad=True)),
+        "packed_linear_backward": (d_y, offsets, blocks, scales),
         "clamped_swiglu": (torch.randn(5, 8, requires_grad=True), ALPHA, LIMIT),
         "clamped_swiglu_backward": (torch.randn(5, 4), torch.randn(5, 8), ALPHA, LIMIT),
     }[name]
@@ -534,6 +546,7 @@ def operands(name: str) -> tuple[Any, ...]:
     "name", ["packed_linear", "packed_linear_backward", "clamped_swiglu", "clamped_swiglu_backward"]
 )
 def test_opcheck(name: str, backend: str) -> None:
+    op = packed_op if name.startswith("packed") else activation
     torch.library.opcheck(getattr(op, name), (*operands(name), backend))
 
 
@@ -559,14 +572,14 @@ def test_compiles_without_a_graph_break(backend: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_opcheck_of_dense_weights(backend: str) -> None:
     dtype = torch.bfloat16 if backend == "native" else torch.float32
-    if backend == "native" and native.why_not_dense("cpu", dtype, (32, 64)):
+    if backend == "native" and native_dense.why_not(ExpertsRequest("cpu", dtype, (32, 64))):
         pytest.skip("this CPU has no AVX-512 BF16")
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     x, d_y, weight, bias = (torch.randn(size).to(dtype) for size in ((7, 64), (7, 32), (3, 64, 32), (3, 32)))
-    leaves = x.clone().requires_grad_(), ends, weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    leaves = x.clone().requires_grad_(), offsets, weight.clone().requires_grad_(), bias.clone().requires_grad_()
     torch.library.opcheck(dense_op.dense_linear, (*leaves, backend))
-    torch.library.opcheck(dense_op.dense_linear_input_gradient, (d_y, ends, weight, backend))
-    torch.library.opcheck(dense_op.dense_linear_weight_gradient, (d_y, ends, x, 3))
+    torch.library.opcheck(dense_op.dense_linear_input_gradient, (d_y, offsets, weight, backend))
+    torch.library.opcheck(dense_op.dense_linear_weight_gradient, (d_y, offsets, x, 3))
 
 
 def largest_saved(run: Callable[..., Tensor], given: list[Tensor]) -> int:
@@ -641,30 +654,30 @@ def test_tensors_without_memory() -> None:
 @pytest.mark.parametrize("kind", ["packed", "dense"])
 def test_shapes_that_do_not_fit_are_refused_before_any_memory_is_touched(kind: str) -> None:
     dtype = torch.float32 if kind == "packed" else torch.bfloat16
-    if kind == "dense" and native.why_not_dense("cpu", dtype, (32, 64)):
+    if kind == "dense" and native_dense.why_not(ExpertsRequest("cpu", dtype, (32, 64))):
         pytest.skip("this CPU has no AVX-512 BF16")
     problem = Problem("a hundred tokens", dtype)
-    x, routing, _, _, *dense = problem.inputs
-    weights = problem.packed if kind == "packed" else [Dense(w) for w in dense]
+    x, routing_weights, _, _, *dense = problem.inputs
+    weights = problem.packed if kind == "packed" else [DenseWeights(w) for w in dense]
     wrong: dict[str, tuple[Any, ...]] = {
-        "indices is [7, 2], and should be [100, 2]": (x, problem.indices[:7], routing, *weights),
-        "routing is [7, 2], and should be [100, 2]": (x, problem.indices, routing[:7], *weights),
-        "x is [100, 64], and should be [100, 96]": (x[:, :64], problem.indices, routing, *weights),
-        "down is [4, 96, 64], and should be [4, 32, 96]": (x, problem.indices, routing, weights[0], weights[0]),
+        "indices is [7, 2], and should be [100, 2]": (x, problem.indices[:7], routing_weights, *weights),
+        "routing_weights is [7, 2], and should be [100, 2]": (x, problem.indices, routing_weights[:7], *weights),
+        "x is [100, 64], and should be [100, 96]": (x[:, :64], problem.indices, routing_weights, *weights),
+        "down is [4, 96, 64], and should be [4, 32, 96]": (x, problem.indices, routing_weights, weights[0], weights[0]),
     }
     for message, args in wrong.items():
         with pytest.raises(ValueError, match=re.escape(message)), torch.no_grad():
-            native.experts(*args, ALPHA, LIMIT)
+            native.fused(*args, ALPHA, LIMIT)
     if kind == "packed":
         with pytest.raises(ValueError, match=re.escape("rows is [3, 64], and should be [3, 96]")):
             native.forward(torch.randn(3, 64), torch.tensor([1, 2, 3, 3], dtype=torch.int32), problem.packed[0])
-        with pytest.raises(ValueError, match=re.escape("ends is [3], and should be [4]")):
+        with pytest.raises(ValueError, match=re.escape("offsets is [3], and should be [4]")):
             native.forward(torch.randn(3, 96), torch.tensor([1, 2, 3], dtype=torch.int32), problem.packed[0])
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_dense_weights_cast_after_wrapping_are_refused(grad: bool) -> None:
-    if native.why_not_dense("cpu", torch.bfloat16, (32, 64)):
+    if native_dense.why_not(ExpertsRequest("cpu", torch.bfloat16, (32, 64))):
         pytest.skip("this CPU has no AVX-512 BF16")
     problem = Problem("every expert")
     with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"takes torch\.bfloat16 weights on cpu"):
@@ -673,8 +686,10 @@ def test_dense_weights_cast_after_wrapping_are_refused(grad: bool) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_scratch_memory_goes_with_its_thread() -> None:
-    packed = Packed(torch.zeros(1, 64, 256, 16, dtype=torch.uint8), torch.full((1, 64, 256), 127, dtype=torch.uint8))
-    x, ends = torch.randn(40, 8192), torch.tensor([40], dtype=torch.int32)
+    packed = PackedWeights(
+        torch.zeros(1, 64, 256, 16, dtype=torch.uint8), torch.full((1, 64, 256), 127, dtype=torch.uint8)
+    )
+    x, offsets = torch.randn(40, 8192), torch.tensor([40], dtype=torch.int32)
 
     def resident() -> int:
         status = Path("/proc/self/status").read_text()
@@ -682,7 +697,7 @@ def test_scratch_memory_goes_with_its_thread() -> None:
 
     def calls(number: int) -> None:
         for _ in range(number):
-            thread = threading.Thread(target=lambda: native.forward(x, ends, packed))
+            thread = threading.Thread(target=lambda: native.forward(x, offsets, packed))
             thread.start()
             thread.join()
 
@@ -702,12 +717,12 @@ def test_a_library_that_cannot_be_loaded_is_a_reason(monkeypatch: pytest.MonkeyP
     for path, reason in ((None, "was not built when"), (str(broken), "could not be loaded")):
         monkeypatch.setattr(native_library, "_path", lambda path=path: path)
         native_library._loaded.cache_clear()
-        assert reason in str(native.why_not("cpu", torch.float32))
+        assert reason in str(native_library.why_not("cpu", torch.float32))
         blocks, scales = pack(torch.ones(32))
         assert (blocks.unique().tolist(), scales.tolist()) == ([0x66], [125])
     monkeypatch.undo()
     native_library._loaded.cache_clear()
-    assert native.why_not("cpu", torch.float32) is None
+    assert native_library.why_not("cpu", torch.float32) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the runtime is looked for in /proc")
@@ -737,13 +752,13 @@ def test_routes_are_sorted_and_stable() -> None:
     routes = Routes.of(indices, 3)
     # Routes are numbered token by token: 0 1 | 2 3 | 4 5 | 6 7.
     assert routes.order.tolist() == [1, 2, 7, 0, 4, 5, 3, 6]
-    assert routes.ends.tolist() == [2, 3, 6]
-    assert routes.ends.dtype == torch.int32
+    assert routes.offsets.tolist() == [2, 3, 6]
+    assert routes.offsets.dtype == torch.int32
     assert routes.order[routes.inverse].tolist() == list(range(8))
     assert routes.top_k == 2
     x = torch.arange(4.0)[:, None]
     assert routes.gather(x)[:, 0].tolist() == [0, 1, 3, 0, 2, 2, 1, 3]
-    assert Routes.of(torch.zeros(0, 4, dtype=torch.long), 5).ends.tolist() == [0] * 5
+    assert Routes.of(torch.zeros(0, 4, dtype=torch.long), 5).offsets.tolist() == [0] * 5
 
 
 def test_combine_is_the_weighted_sum_of_gathered_rows() -> None:
@@ -777,7 +792,7 @@ def test_combine_is_the_weighted_sum_of_gathered_rows() -> None:
     ],
 )
 def test_where_the_native_library_serves(device: str, dtype: torch.dtype, reason: str | None) -> None:
-    assert native.why_not(device, dtype) == reason
+    assert native_library.why_not(device, dtype) == reason
 
 
 def test_where_the_others_serve() -> None:

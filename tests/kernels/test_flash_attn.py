@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gptoss_opt.kernels.attention import AttentionRequest, Rules, varlen
 from gptoss_opt.kernels.attention.backends import BACKENDS, FlashAttnPackage
-from gptoss_opt.kernels.attention.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
-from gptoss_opt.kernels.attention.reference import reference_attention
-from gptoss_opt.kernels.attention.torch_cpu import TorchCpu
+from gptoss_opt.kernels.attention.impl.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
+from gptoss_opt.kernels.attention.impl.reference import reference_attention
+from gptoss_opt.kernels.attention.impl.torch_cpu import TorchCpu
 from gptoss_opt.kernels.attention.varlen import VarlenCall
 from tests.helpers import differentiate, relative
 from tests.kernels import emulated

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptoss_opt.kernels import native
 from gptoss_opt.kernels.attention import Chunk, Paged, Rules, Visible, paged_attention, paged_native
 from gptoss_opt.kernels.attention import paged as paged_kernels
-from gptoss_opt.kernels.attention.reference import reference_attention
+from gptoss_opt.kernels.attention.impl.reference import reference_attention
 
 SETS = range(4) if native.why_not("cpu", torch.float32) else range(native.library().best + 1)
 native_only = pytest.mark.skipif(

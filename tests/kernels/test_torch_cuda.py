@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gptoss_opt.kernels.attention.impl.torch_cuda import TorchEfficient, TorchFlash
 from gptoss_opt.kernels.attention.tiled import TileCall
-from gptoss_opt.kernels.attention.torch_cuda import TorchEfficient, TorchFlash
 from gptoss_opt.kernels.attention.varlen import VarlenCall
 
 

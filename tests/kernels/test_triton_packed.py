@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoss_opt.kernels.experts import triton_packed
+from gptoss_opt.kernels import triton
+from gptoss_opt.kernels.experts import PackedWeights
+from gptoss_opt.kernels.experts.impl import triton as triton_packed
+from gptoss_opt.kernels.experts.impl.triton import TRITON
 from gptoss_opt.kernels.mxfp4 import unpack
 from tests.helpers import relative
 from tests.kernels.triton_apart import DEVICE, SHARED_MEMORY, compiled, in_a_process_of_its_own, needs_triton
@@ -27,20 +30,20 @@ def test_in_a_process_of_its_own(interpret: str, prefix: str) -> None:
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert triton_packed.why_not("cpu", torch.bfloat16) == "needs CUDA, and the model is on cpu"
-    assert "float64" in str(triton_packed.why_not("cuda", torch.float64))
+    assert triton.why_not("cpu", torch.bfloat16) == "needs CUDA, and the model is on cpu"
+    assert "float64" in str(triton.why_not("cuda", torch.float64))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert triton_packed.why_not("cuda", torch.bfloat16) == "the package triton is not installed"
+    assert triton.why_not("cuda", torch.bfloat16) == "the package triton is not installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(triton_packed.metadata, "version", lambda name: "3.1.0")
-    assert triton_packed.why_not("cuda", torch.bfloat16) == "needs triton 3.2 or newer, not 3.1.0"
-    monkeypatch.setattr(triton_packed.metadata, "version", lambda name: "3.2.0+git")
-    assert triton_packed.why_not("cuda", torch.bfloat16) is None
+    monkeypatch.setattr(triton.metadata, "version", lambda name: "3.1.0")
+    assert triton.why_not("cuda", torch.bfloat16) == "needs triton 3.2 or newer, not 3.1.0"
+    monkeypatch.setattr(triton.metadata, "version", lambda name: "3.2.0+git")
+    assert triton.why_not("cuda", torch.bfloat16) is None
 
 
 # The checks: products.
 
-SHAPES = {  # experts, out features, blocks of 32 input features, ends, rows
+SHAPES = {  # experts, out features, blocks of 32 input features, offsets, rows
     "one expert": (1, 34, 1, [5], 5),
     "empty experts": (4, 33, 3, [0, 7, 7, 26], 26),
     "rows of no expert": (3, 70, 9, [3, 20, 21], 40),
@@ -58,45 +61,45 @@ def packed(num_experts: int, out_features: int, num_scales: int) -> tuple[Tensor
     )
 
 
-def by_expert(rows: Tensor, ends: list[int], weights: Tensor) -> Tensor:
+def by_expert(rows: Tensor, offsets: list[int], weights: Tensor) -> Tensor:
     """`rows[n] @ weights[expert of n]`, expert by expert, in the dtype of the rows."""
     out = rows.new_zeros(len(rows), weights.shape[-1])
-    for begin, end, weight in zip([0, *ends], ends, weights, strict=False):
+    for begin, end, weight in zip([0, *offsets], offsets, weights, strict=False):
         out[begin:end] = rows[begin:end] @ weight
     return out
 
 
-def assert_within_budget(out: Tensor, rows: Tensor, ends: list[int], weights: Tensor) -> None:
+def assert_within_budget(out: Tensor, rows: Tensor, offsets: list[int], weights: Tensor) -> None:
     """At most twice the error of plain products in the dtype of the rows, and as many roundings of the largest."""
-    exact = by_expert(rows.double(), ends, weights)
-    plain = by_expert(rows, ends, weights.to(rows.dtype))
+    exact = by_expert(rows.double(), offsets, weights)
+    plain = by_expert(rows, offsets, weights.to(rows.dtype))
     allowed = 2 * ((plain - exact).abs().max() + torch.finfo(rows.dtype).eps * exact.abs().max())
     assert out.dtype == rows.dtype
     assert (out - exact).abs().max() <= allowed
     if exact.any():
         assert relative(out.double(), exact) <= 2 * (relative(plain.double(), exact) + torch.finfo(rows.dtype).eps)
-    assert not out[ends[-1] :].any()
+    assert not out[offsets[-1] :].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def check_products(shape: str, dtype: torch.dtype) -> None:
-    num_experts, out_features, num_scales, ends, num_rows = SHAPES[shape]
+    num_experts, out_features, num_scales, offsets, num_rows = SHAPES[shape]
     blocks, scales = packed(num_experts, out_features, num_scales)
     weights = unpack(blocks, scales, torch.float64)
-    ends_there = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    offsets_there = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
     x = torch.randn(num_rows, num_scales * 32, device=DEVICE).to(dtype)
-    y = triton_packed.forward(x, ends_there, blocks, scales)
-    assert_within_budget(y, x, ends, weights.transpose(1, 2))
+    y = TRITON.forward(x, offsets_there, PackedWeights(blocks, scales))
+    assert_within_budget(y, x, offsets, weights.transpose(1, 2))
     dy = torch.randn(num_rows, out_features, device=DEVICE).to(dtype)
-    assert_within_budget(triton_packed.backward_input(dy, ends_there, blocks, scales), dy, ends, weights)
-    if ends[-1]:
+    assert_within_budget(TRITON.backward(dy, offsets_there, PackedWeights(blocks, scales)), dy, offsets, weights)
+    if offsets[-1]:
         # What is compared depends on the order of nibbles, on the scales, and on which expert is whose.
         swapped = blocks << 4 | blocks >> 4
         for other in (
-            triton_packed.forward(x, ends_there, swapped, scales),
-            triton_packed.forward(x, ends_there, blocks, scales + 1),
-            triton_packed.forward(x, ends_there, blocks.roll(1, 1), scales),
+            TRITON.forward(x, offsets_there, PackedWeights(swapped, scales)),
+            TRITON.forward(x, offsets_there, PackedWeights(blocks, scales + 1)),
+            TRITON.forward(x, offsets_there, PackedWeights(blocks.roll(1, 1), scales)),
         ):
             assert relative(other.double(), y.double()) > 0.1
 
@@ -109,30 +112,32 @@ def check_every_tile(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     chosen = iter([table[min(index, len(table) - 1)][1] for table in tables])
     monkeypatch.setattr(triton_packed, "_tile", lambda *_: next(chosen))
     blocks, scales = packed(3, 150, 11)
-    weights, ends = unpack(blocks, scales, torch.float64), [9, 9, 150]
-    ends_there = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    weights, offsets = unpack(blocks, scales, torch.float64), [9, 9, 150]
+    offsets_there = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
     x, dy = (torch.randn(155, n, device=DEVICE).to(dtype) for n in (352, 150))
-    assert_within_budget(triton_packed.forward(x, ends_there, blocks, scales), x, ends, weights.transpose(1, 2))
-    assert_within_budget(triton_packed.backward_input(dy, ends_there, blocks, scales), dy, ends, weights)
+    assert_within_budget(
+        TRITON.forward(x, offsets_there, PackedWeights(blocks, scales)), x, offsets, weights.transpose(1, 2)
+    )
+    assert_within_budget(TRITON.backward(dy, offsets_there, PackedWeights(blocks, scales)), dy, offsets, weights)
 
 
 def check_no_rows() -> None:
     blocks, scales = packed(2, 6, 1)
-    ends = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    assert triton_packed.forward(torch.empty(0, 32, device=DEVICE), ends, blocks, scales).shape == (0, 6)
-    assert triton_packed.backward_input(torch.empty(0, 6, device=DEVICE), ends, blocks, scales).shape == (0, 32)
+    offsets = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    assert TRITON.forward(torch.empty(0, 32, device=DEVICE), offsets, PackedWeights(blocks, scales)).shape == (0, 6)
+    assert TRITON.backward(torch.empty(0, 6, device=DEVICE), offsets, PackedWeights(blocks, scales)).shape == (0, 32)
 
 
 def check_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of many rows: dequantised weights, and torch's grouped product."""
     monkeypatch.setattr(triton_packed, "_goes_dense", lambda *_: True)
     blocks, scales = packed(3, 24, 2)
-    ends_there = torch.tensor([4, 4, 9], dtype=torch.int32, device=DEVICE)
+    offsets_there = torch.tensor([4, 4, 9], dtype=torch.int32, device=DEVICE)
     weights = unpack(blocks, scales, torch.float64)
     x, dy = (torch.randn(12, n, device=DEVICE).bfloat16() for n in (64, 24))
-    y = triton_packed.forward(x, ends_there, blocks, scales)
+    y = TRITON.forward(x, offsets_there, PackedWeights(blocks, scales))
     assert_within_budget(y, x, [4, 4, 9], weights.transpose(1, 2))
-    assert_within_budget(triton_packed.backward_input(dy, ends_there, blocks, scales), dy, [4, 4, 9], weights)
+    assert_within_budget(TRITON.backward(dy, offsets_there, PackedWeights(blocks, scales)), dy, [4, 4, 9], weights)
 
 
 # The checks: values.
@@ -148,22 +153,22 @@ def check_every_byte_under_every_scale(dtype: torch.dtype) -> None:
     assert torch.equal(values[0, :255].signbit(), expected[0, :255].signbit())
     assert values[0, 255].isnan().all()
     # Products see the same values: rows of the identity read out those of finite scales.
-    ends = torch.tensor([64], dtype=torch.int32, device=DEVICE)
+    offsets = torch.tensor([64], dtype=torch.int32, device=DEVICE)
     some = slice(0, 141 if dtype == torch.float16 else 252)
     parts = (x[:, some, [3, 11]].contiguous() for x in (blocks, scales))
-    y = triton_packed.forward(torch.eye(64, device=DEVICE, dtype=dtype), ends, *parts)
+    y = TRITON.forward(torch.eye(64, device=DEVICE, dtype=dtype), offsets, PackedWeights(*parts))
     torch.testing.assert_close(y.T, expected.unflatten(-1, (16, 32))[0, some, [3, 11]].flatten(-2), rtol=0, atol=0)
 
 
 def check_nan_stays_in_its_rows() -> None:
     blocks, scales = packed(2, 20, 2)
     scales[1, 3, 1] = 255
-    ends = torch.tensor([3, 7], dtype=torch.int32, device=DEVICE)
-    y = triton_packed.forward(torch.randn(8, 64, device=DEVICE), ends, blocks, scales)
+    offsets = torch.tensor([3, 7], dtype=torch.int32, device=DEVICE)
+    y = TRITON.forward(torch.randn(8, 64, device=DEVICE), offsets, PackedWeights(blocks, scales))
     expected = torch.zeros(8, 20, dtype=torch.bool, device=DEVICE)
     expected[3:7, 3] = True
     assert torch.equal(y.isnan(), expected)
-    dx = triton_packed.backward_input(torch.randn(8, 20, device=DEVICE), ends, blocks, scales)
+    dx = TRITON.backward(torch.randn(8, 20, device=DEVICE), offsets, PackedWeights(blocks, scales))
     assert dx[3:7, 32:].isnan().all()
     assert not dx[:3].isnan().any()
     assert not dx[3:7, :32].isnan().any()
@@ -185,7 +190,7 @@ def check_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     exact_input = raw.double().requires_grad_()
     exact = plain(exact_input)
     exact.backward(dh.double())
-    results = triton_packed.swiglu(raw, 1.702, 7.0), triton_packed.swiglu_backward(dh, raw, 1.702, 7.0)
+    results = TRITON.swiglu(raw, 1.702, 7.0), TRITON.swiglu_backward(dh, raw, 1.702, 7.0)
     assert exact_input.grad is not None
     for result, wanted in zip(results, (exact.detach(), exact_input.grad), strict=True):
         assert result.dtype == dtype
@@ -195,7 +200,7 @@ def check_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 def check_swiglu_keeps_nan() -> None:
-    assert triton_packed.swiglu(torch.full((1, 2), torch.nan, device=DEVICE), 1.702, 7.0).isnan().all()
+    assert TRITON.swiglu(torch.full((1, 2), torch.nan, device=DEVICE), 1.702, 7.0).isnan().all()
 
 
 # Real compilation, which needs no GPU: what the interpreter accepts need not compile, nor fit.

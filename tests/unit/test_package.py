@@ -63,10 +63,19 @@ KNOWN = {
     "serve": {"psutil", "tqdm", "transformers"},
 }
 KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"safetensors", "transformers", "tqdm"}}
+# Where no modules may import each other in a circle: all that begin with one of these. "gptoss_opt" is everything.
+WITHOUT_CIRCLES = tuple(f"gptoss_opt.kernels.{name}" for name in ("attention", "experts", "mxfp4", "native"))
+# Implementations import no sibling, but for a file of kernels that is theirs alone: (implementation, file).
+OWN_KERNELS = {("triton", "triton_kernels")}
+
+MODULES = {
+    ".".join(("gptoss_opt", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 
 def imports(path: Path) -> list[str]:
-    """Absolute names of all that a file imports, relative imports resolved."""
+    """Absolute names of all that a file imports, relative imports resolved; of ours, the modules that they lie in."""
     package = ["gptoss_opt", *path.relative_to(PACKAGE).parts[:-1]]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -74,8 +83,24 @@ def imports(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            found.append(".".join([*base, *([node.module] if node.module else [])]))
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            found += [name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names]
     return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of nodes that reach each other."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        found, left = set(), list(graph[start])
+        while left:
+            node = left.pop()
+            if node in graph and node not in found:
+                found.add(node)
+                left += graph[node]
+        reached[start] = found
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(map(sorted, groups))
 
 
 def test_public_names() -> None:
@@ -98,6 +123,37 @@ def test_layers() -> None:
                     raise AssertionError(f"{path.name} imports another wrapper: {name}")
             elif head not in sys.stdlib_module_names | {"torch"}:
                 assert head in KNOWN.get(layer, set()), f"{path.name}: {layer} imports {name}"
+
+
+def test_nothing_is_imported_in_a_circle() -> None:
+    # Nor within functions or for types alone: that hides a circle, and cuts none.
+    # Attention on pages moves to a folder of its own.
+    names = [name for name in MODULES if name.startswith(WITHOUT_CIRCLES) and ".paged" not in name]
+    assert len(names) > 20
+    found = circles({name: set(imports(MODULES[name])) for name in names})
+    assert not found, "\n".join(" <-> ".join(circle) for circle in found)
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"e"}, "f": {"a"}}
+    assert circles(graph) == [["a", "b", "c"], ["e"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_implementations_stand_alone() -> None:
+    names = [name for name in MODULES if ".impl." in name]
+    assert {name.split(".")[2] for name in names} >= {"attention", "experts"}
+    for name, path in MODULES.items():
+        package, _, module = name.rpartition(".")
+        for target in imports(path):
+            folder, _, other = target.rpartition(".")
+            if not folder.endswith(".impl"):
+                continue
+            if folder == package:
+                assert (module, other) in OWN_KERNELS, f"{name} imports a sibling: {target}"
+            else:
+                # What is shared knows no implementation: backends name them, and the API may call the reference.
+                assert name in {folder.removesuffix(".impl"), folder.replace(".impl", ".backends")}, f"{name}: {target}"
 
 
 def test_no_file_holds_two_ideas() -> None:

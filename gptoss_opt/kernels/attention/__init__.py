@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import BACKENDS, AttentionRequest, kernel_named
+from .backends import BACKENDS, KERNELS, AttentionRequest
+from .impl.reference import reference_attention
 from .op import sink_attention
 from .paged import Chunk, Paged, choose_backend, decode, store
 from .paged_native import attend
-from .reference import reference_attention
 from .visible import Rules, Visible, starts_from_cu_seq_lens, starts_from_positions
 
 __all__ = [
@@ -73,13 +73,18 @@ def attention(
     rules = Rules(scale, window, visible)
     if backend == "reference":
         return reference_attention(q, k, v, sinks, rules)
+    if backend not in KERNELS:
+        raise ValueError(
+            f"attention has no backend {backend!r}. Use one of {', '.join(map(repr, KERNELS))}, 'reference'."
+        )
     _check_derivatives(visible)
     # The kernels read rows: their last dim must be contiguous, and no one below checks.
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor or q.is_meta:
         return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
     # The operator is for autograd and tracing; without either, a decode step need not pay for it.
-    return kernel_named(backend).forward(q, k, v, sinks, rules)[0]
+    return KERNELS[backend].forward(q, k, v, sinks, rules)[0]
 
 
 def paged_attention(

@@ -12,13 +12,14 @@ from packaging.version import Version
 from torch import Tensor
 
 from . import tiled, varlen
-from .flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
-from .torch_cpu import TorchCpu
-from .torch_cuda import TorchEfficient, TorchFlash
+from .impl.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
+from .impl.torch_cpu import TorchCpu
+from .impl.torch_cuda import TorchEfficient, TorchFlash
 from .visible import Rules
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float64, torch.float32, *HALF)
+CPU, FLASH, EFFICIENT = TorchCpu(), TorchFlash(), TorchEfficient()
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class FlashAttnPackage:
 
     Attributes:
         distribution, module: what is installed, and what is imported.
-        oldest: the first version whose functions we know.
+        min_version: the first version whose functions we know.
         capabilities: the major compute capabilities it runs on.
         dtypes: the dtypes it takes.
     """
@@ -53,7 +54,7 @@ class FlashAttnPackage:
     name: str
     distribution: str
     module: str
-    oldest: str
+    min_version: str
     capabilities: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     kernel: varlen.VarlenKernel
@@ -72,8 +73,8 @@ class FlashAttnPackage:
             version = metadata.version(self.distribution)
         except metadata.PackageNotFoundError:
             return f"the package {self.distribution} is not installed"
-        if Version(version) < Version(self.oldest):
-            return f"needs {self.distribution} {self.oldest} or newer, not {version}"
+        if Version(version) < Version(self.min_version):
+            return f"needs {self.distribution} {self.min_version} or newer, not {version}"
         if importlib.util.find_spec(self.module.split(".")[0]) is None:
             return f"{self.distribution} {version} has no module {self.module}"
         major, _ = torch.cuda.get_device_capability()
@@ -82,12 +83,12 @@ class FlashAttnPackage:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-        return varlen.forward(self.kernel, TorchEfficient(), q, k, v, sinks, rules)
+        return varlen.forward(self.kernel, EFFICIENT, q, k, v, sinks, rules)
 
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return varlen.backward(self.kernel, TorchEfficient(), d_out, q, k, v, out, lse, rules)
+        return varlen.backward(self.kernel, EFFICIENT, d_out, q, k, v, out, lse, rules)
 
 
 class Torch:
@@ -108,19 +109,19 @@ class Torch:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
         if q.device.type == "cpu":
-            return tiled.forward(TorchCpu(), q, k, v, sinks, rules)
+            return tiled.forward(CPU, q, k, v, sinks, rules)
         if _flash_takes(q):
-            return varlen.forward(TorchFlash(), TorchEfficient(), q, k, v, sinks, rules)
-        return tiled.forward(TorchEfficient(), q, k, v, sinks, rules)
+            return varlen.forward(FLASH, EFFICIENT, q, k, v, sinks, rules)
+        return tiled.forward(EFFICIENT, q, k, v, sinks, rules)
 
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
     ) -> tuple[Tensor, Tensor, Tensor]:
         if q.device.type == "cpu":
-            return tiled.backward(TorchCpu(), d_out, q, k, v, out, lse, rules)
+            return tiled.backward(CPU, d_out, q, k, v, out, lse, rules)
         if _flash_takes(q):
-            return varlen.backward(TorchFlash(), TorchEfficient(), d_out, q, k, v, out, lse, rules)
-        return tiled.backward(TorchEfficient(), d_out, q, k, v, out, lse, rules)
+            return varlen.backward(FLASH, EFFICIENT, d_out, q, k, v, out, lse, rules)
+        return tiled.backward(EFFICIENT, d_out, q, k, v, out, lse, rules)
 
 
 def _flash_takes(q: Tensor) -> bool:
@@ -140,19 +141,13 @@ class Reference:
         return None
 
 
-_KERNELS = (
+BACKENDS = (
     FlashAttnPackage("fa4", "flash-attn-4", "flash_attn.cute", "4.0.0b1", (9, 10, 11), HALF[:1], FlashAttn4()),
     FlashAttnPackage("fa3", "flash-attn-3", "flash_attn_interface", "3.0.0b1", (9,), HALF, FlashAttn3()),
     FlashAttnPackage("fa2", "flash-attn", "flash_attn", "2.7.1", (8, 9, 10, 11, 12), HALF, FlashAttn2()),
     Torch(),
+    Reference(),
 )
 
-BACKENDS = (*_KERNELS, Reference())
-
-
-def kernel_named(name: str) -> SinkKernel:
-    """The kernel of a backend that has one (all but the reference)."""
-    kernels = {kernel.name: kernel for kernel in _KERNELS}
-    if name not in kernels:
-        raise ValueError(f"attention has no backend {name!r}. Use one of {', '.join(map(repr, kernels))}, 'reference'.")
-    return kernels[name]
+KERNELS: dict[str, SinkKernel] = {one.name: one for one in BACKENDS if not isinstance(one, Reference)}
+"""By name, the backends that have a backward of their own: all but the reference."""

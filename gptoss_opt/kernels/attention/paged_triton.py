@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..experts import triton_packed
+from .. import triton as triton_packed
 
 if TYPE_CHECKING:
     from .paged import Paged

@@ -11,7 +11,7 @@ Shapes: B batch, H query heads, N key/value heads, T queries, S keys, D head dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -52,11 +52,12 @@ def forward(kernel: TileKernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, 
     out = q.new_zeros(batch, num_queries, heads, dim).transpose(1, 2)
     # Before any key is seen there is only the sink. A trailing dim lets tiles treat it as they treat queries.
     lse = sinks.to(accumulator(q.dtype))[None, :, None, None].repeat(batch, 1, num_queries, 1)
+    queries, keys = _in_groups((q, out, lse), (k, v))
     for tile, mask in _plan(q, k, rules.window, rules.visible):
-        q_tile = tile.queries(q, k.shape[1])
-        k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
+        q_tile, out_tile, lse_tile = map(tile.queries, queries)
+        k_tile, v_tile = map(tile.keys, keys)
         part, part_lse = kernel.forward(q_tile, k_tile, v_tile, TileCall(mask, tile.causal, rules.scale))
-        _merge(tile.queries(out, k.shape[1]), tile.queries(lse, k.shape[1]), part, part_lse[..., None], tile.first)
+        _merge(out_tile, lse_tile, part, part_lse[..., None], tile.first)
     return out, lse.squeeze(-1)
 
 
@@ -66,16 +67,16 @@ def backward(
     """dq [B, H, T, D], dk and dv [B, N, S, D], given what `forward` returned."""
     if _decodes(q, k, rules):
         return decode.backward(d_out, q, k, v, out, lse, rules)
-    lse = lse[..., None]
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     # Heads of a group and neighbouring tiles add up in one key: sum them in at least float32.
-    dk, dv = (x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in (k, v))
+    dk = k.new_zeros(k.shape, dtype=accumulator(k.dtype))
+    dv = torch.zeros_like(dk)
+    queries, keys = _in_groups((d_out, q, out, lse, dq), (k, v))
     for tile, mask in _plan(q, k, rules.window, rules.visible):
-        q_tile, out_tile, lse_tile, d_out_tile = (tile.queries(x, k.shape[1]) for x in (q, out, lse, d_out))
-        k_tile, v_tile = (_widen(tile.keys(x), q_tile) for x in (k, v))
+        d_out_tile, q_tile, out_tile, lse_tile, dq_tile = map(tile.queries, queries)
+        k_tile, v_tile = map(tile.keys, keys)
         call = TileCall(mask, tile.causal, rules.scale)
-        parts = kernel.backward(d_out_tile, q_tile, k_tile, v_tile, out_tile, lse_tile.squeeze(-1), call)
-        dq_tile = tile.queries(dq, k.shape[1])
+        parts = kernel.backward(d_out_tile, q_tile, k_tile, v_tile, out_tile, lse_tile, call)
         if tile.first:
             dq_tile.copy_(parts[0])
         else:
@@ -94,9 +95,11 @@ def _decodes(q: Tensor, k: Tensor, rules: Rules) -> bool:
     return q.shape[2] == 1 and k.shape[2] > 0 and rules.visible.mask is None
 
 
-def _widen(keys: Tensor, queries: Tensor) -> Tensor:
-    """Show one key head to every query head of its group, as a view."""
-    return keys.expand(-1, queries.shape[1], -1, -1)
+def _in_groups(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What tiles take views of: queries [B, H, T, *] as [B, N, G, T, *], and keys [B, N, S, D] as [B, N, G, S, D]."""
+    shape = keys[0].shape[1], queries[0].shape[1] // keys[0].shape[1]
+    wide = [x[:, :, None].expand(-1, -1, shape[1], -1, -1) for x in keys]
+    return [x.unflatten(1, shape) for x in queries], wide
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) -> None:

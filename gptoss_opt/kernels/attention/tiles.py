@@ -3,9 +3,9 @@
 A sliding layer becomes blocks of queries that see only their keys; a chunk against a cache becomes a dense rectangle
 (the cache) and a causal square (itself). Pure geometry.
 
-A tile is one call of the kernel, on queries [b, g, t, D] and keys [b, 1 or g, s, D], with b and g whatever suits it:
-- `queries(x, num_kv_heads)` is its view of a query-like tensor [B, H, T, *], `keys(x)` of a key-like one [B, N, S, D];
-- `add_to_keys(total, part)` adds the kernel's gradient of the keys, [b, g, s, D], to a key-like tensor;
+A tile is one call of the kernel, on queries [b, G, t, D] and keys [b, G, s, D], with b whatever suits it:
+- `queries(x)` is its view of a query-like tensor [B, N, G, T, *], `keys(x)` of a key-like one [B, N, G, S, D];
+- `add_to_keys(total, part)` adds the kernel's gradient of the keys, [b, G, s, D], to a tensor [B, N, S, D];
 - `causal` and `band` say which mask it needs, `first` that no earlier tile has the same queries.
 
 Shapes: B batch, H = N * G query heads, N key/value heads, G query heads per key/value head, T queries, S keys.
@@ -37,11 +37,11 @@ class Rectangle:
     band: bool = False
     first: bool = True
 
-    def queries(self, x: Tensor, num_kv_heads: int) -> Tensor:
-        return x[self.row].unflatten(0, (num_kv_heads, -1))[:, :, self.q0 : self.q1]
+    def queries(self, x: Tensor) -> Tensor:
+        return x[self.row, :, :, self.q0 : self.q1]
 
     def keys(self, x: Tensor) -> Tensor:
-        return x[self.row, :, None, self.k0 : self.k1]
+        return x[self.row, :, :, self.k0 : self.k1]
 
     def add_to_keys(self, total: Tensor, part: Tensor) -> None:
         total[self.row, :, self.k0 : self.k1] += part.sum(1, dtype=total.dtype)
@@ -62,13 +62,12 @@ class Blocks:
     band: bool = True
     first: bool = True
 
-    def queries(self, x: Tensor, num_kv_heads: int) -> Tensor:
-        rows = x[self.row].unflatten(0, (num_kv_heads, -1))[self.head]
-        rows = rows[:, self.q0 : self.q0 + self.count * self.num_queries]
+    def queries(self, x: Tensor) -> Tensor:
+        rows = x[self.row, self.head, :, self.q0 : self.q0 + self.count * self.num_queries]
         return rows.unflatten(1, (self.count, self.num_queries)).transpose(0, 1)
 
     def keys(self, x: Tensor) -> Tensor:
-        return self._windows(x[self.row, self.head], 0, self.num_keys)[:, None]
+        return self._windows(x[self.row, self.head], 0, self.num_keys).transpose(0, 1)
 
     def add_to_keys(self, total: Tensor, part: Tensor) -> None:
         part = part.sum(1, dtype=total.dtype)
@@ -78,35 +77,33 @@ class Blocks:
             self._windows(total[self.row, self.head], begin, end).add_(part[:, begin:end])
 
     def _windows(self, x: Tensor, begin: int, end: int) -> Tensor:
-        """Keys `begin..end` of every block, as a view [count, end - begin, D] of x [S, D]."""
-        first = self.k0 + begin
-        last = first + (self.count - 1) * self.num_queries + end - begin
-        return x[first:last].unfold(0, end - begin, self.num_queries).mT
+        """Keys `begin..end` of every block, as a view [..., count, end - begin, D] of x [..., S, D]."""
+        length = (self.count - 1) * self.num_queries + end - begin
+        return x.narrow(-2, self.k0 + begin, length).unfold(-2, end - begin, self.num_queries).mT
 
 
 Tile = Rectangle | Blocks
 
 
-def tiles_of(segment: Segment, window: int | None, num_kv_heads: int) -> Iterator[Rectangle | Blocks]:
+def tiles_of(segment: Segment, window: int | None, num_kv_heads: int) -> list[Tile]:
     """The tiles of a segment without holes."""
     row, q0, q1, k0, k1 = segment.row, segment.q0, segment.q1, segment.k0, segment.k1
     shift = (k1 - k0) - (q1 - q0)
     if window is None or k1 - k0 <= window:
-        if shift:
-            yield Rectangle(row, q0, q1, k0, k0 + shift)
-        yield Rectangle(row, q0, q1, k0 + shift, k1, causal=True, first=not shift)
-        return
+        own = Rectangle(row, q0, q1, k0 + shift, k1, causal=True, first=not shift)
+        return [Rectangle(row, q0, q1, k0, k0 + shift), own] if shift else [own]
+    tiles: list[Tile] = []
     # The first queries have not filled their window yet: to them the layer is a full one.
     head = max(0, window - 1 - shift)
     if head:
-        yield from tiles_of(Segment(row, q0, q0 + head, k0, k0 + shift + head), None, num_kv_heads)
+        tiles += tiles_of(Segment(row, q0, q0 + head, k0, k0 + shift + head), None, num_kv_heads)
     q0, k0 = q0 + head, k0 + shift + head - (window - 1)
     count, tail = divmod(q1 - q0, BLOCK)
     if count:
-        for kv_head in range(num_kv_heads):
-            yield Blocks(row, kv_head, q0, k0, BLOCK, BLOCK + window - 1, count)
+        tiles += [Blocks(row, n, q0, k0, BLOCK, BLOCK + window - 1, count) for n in range(num_kv_heads)]
     if tail:
-        yield Rectangle(row, q1 - tail, q1, k0 + count * BLOCK, k1, band=True)
+        tiles.append(Rectangle(row, q1 - tail, q1, k0 + count * BLOCK, k1, band=True))
+    return tiles
 
 
 def chunks_of(segment: Segment, window: int | None) -> Iterator[Rectangle]:

@@ -37,7 +37,7 @@ class Visible(NamedTuple):
     @property
     def everything(self) -> bool:
         """Whether nothing is restricted besides causality and the window."""
-        return all(field is None for field in self)
+        return self.q_start is None and self.keys is None and self.starts is None and self.mask is None
 
     def contiguous(self) -> Visible:
         """The same with contiguous tensors: `generate` asks this of the masks it prepares for a static cache."""

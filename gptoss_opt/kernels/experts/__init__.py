@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import op
-from .backends import DENSE_BACKENDS, PACKED_BACKENDS, ExpertsRequest, dense_kernel, packed_kernel
-from .routes import Routes, needs_operator
-from .weights import Dense, Packed
+from . import dense, packed
+from .activation import swiglu
+from .backends import DENSE_BACKENDS, DENSE_KERNELS, PACKED_BACKENDS, PACKED_KERNELS
+from .routes import Routes
+from .tracing import needs_operator
+from .weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
 
-__all__ = ["DENSE_BACKENDS", "PACKED_BACKENDS", "Dense", "ExpertsRequest", "Packed", "Routes", "experts"]
+__all__ = [
+    "DENSE_BACKENDS",
+    "PACKED_BACKENDS",
+    "DenseWeights",
+    "ExpertsRequest",
+    "PackedWeights",
+    "Routes",
+    "experts",
+]
 
 
 def experts(
     x: Tensor,
     indices: Tensor,
-    routing: Tensor,
-    gate_up: Dense | Packed,
-    down: Dense | Packed,
+    routing_weights: Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
     *,
     alpha: float,
     limit: float,
@@ -31,7 +43,7 @@ def experts(
     Args:
         x: `[T, H]`.
         indices: integers `[T, K]`, the experts of each token.
-        routing: `[T, K]`, their weights.
+        routing_weights: `[T, K]`, their weights.
         gate_up: weights [H, 2 I] per expert, gate and up interleaved.
         down: weights [I, H] per expert, stored as `gate_up` is.
         alpha: the steepness of the SwiGLU's sigmoid.
@@ -42,27 +54,19 @@ def experts(
         `[T, H]`, in the dtype of `x`.
 
     Example:
-        >>> gate_up, down = Dense(torch.randn(4, 64, 96)), Dense(torch.randn(4, 48, 64))
-        >>> indices, routing = torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
+        >>> gate_up, down = DenseWeights(torch.randn(4, 64, 96)), DenseWeights(torch.randn(4, 48, 64))
+        >>> indices, routing_weights = torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
         >>> x = torch.randn(7, 64)
-        >>> experts(x, indices, routing, gate_up, down, alpha=1.702, limit=7.0, backend="torch").shape
+        >>> experts(x, indices, routing_weights, gate_up, down, alpha=1.702, limit=7.0, backend="torch").shape
         torch.Size([7, 64])
     """
-    kernel = packed_kernel(backend) if isinstance(gate_up, Packed) else dense_kernel(backend)
-    if kernel.whole and not needs_operator(x, routing, *gate_up.trainable, *down.trainable):
-        return kernel.whole(x, indices, routing, gate_up, down, alpha, limit)
-    num_experts = (gate_up.weight if isinstance(gate_up, Dense) else gate_up.blocks).shape[0]
+    is_packed = isinstance(gate_up, PackedWeights)
+    kernel = PACKED_KERNELS[backend] if is_packed else DENSE_KERNELS[backend]
+    if kernel.fused and not needs_operator(x, routing_weights, *gate_up.trainable, *down.trainable):
+        return kernel.fused(x, indices, routing_weights, gate_up, down, alpha, limit)
+    linear: Callable[..., Tensor] = packed.linear if is_packed else dense.linear
     # The dtype is that of the tokens, whatever autocast would make of plain products.
     with torch.autocast(x.device.type, enabled=False):
-        routes = Routes.of(indices, num_experts)
-        rows = routes.gather(x)
-        hidden = _linear(rows, routes.ends, gate_up, backend)
-        activation = backend if isinstance(gate_up, Packed) else dense_kernel(backend).activation(hidden)
-        hidden = op.swiglu(hidden, alpha, limit, activation)
-        return routes.combine(_linear(hidden, routes.ends, down, backend), routing)
-
-
-def _linear(rows: Tensor, ends: Tensor, weights: Dense | Packed, backend: str) -> Tensor:
-    if isinstance(weights, Packed):
-        return op.linear(rows, ends, weights, backend)
-    return dense_kernel(backend).dense(rows, ends, weights)
+        routes = Routes.of(indices, gate_up.shape[0])
+        hidden = swiglu(linear(routes.gather(x), routes.offsets, gate_up, backend), alpha, limit, backend)
+        return routes.combine(linear(hidden, routes.offsets, down, backend), routing_weights)

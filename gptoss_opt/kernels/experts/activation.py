@@ -1,31 +1,76 @@
-"""The clamped SwiGLU of GPT-OSS, and its gradient.
+"""The clamped SwiGLU of GPT-OSS, and its gradient, as a torch operator.
 
 With `gate` and `up` at the even and odd places of the last dimension, `gate` clamped to at most `limit`, `up` to
-`[-limit, limit]`: `(up + 1) * gate * sigmoid(alpha * gate)` (gpt-oss model card, and its reference implementation).
+`[-limit, limit]`: `(up + 1) * gate * sigmoid(alpha * gate)` (gpt-oss model card, and its reference implementation). The
+gradient is zero where a clamp holds, and not where a value equals its limit.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .backends import PACKED_BACKENDS, PACKED_KERNELS
+from .tracing import is_traced, needs_operator
+from .weights import ExpertsRequest
 
-def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """Plain torch: `gate_up` [N, 2 I] to [N, I]. Defines the semantics.
+
+@torch.library.custom_op("gptoss_opt::clamped_swiglu", mutates_args=())
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float, backend: str) -> Tensor:
+    """`gate_up` [N, 2 I] to [N, I]."""
+    return PACKED_KERNELS[backend].swiglu(gate_up, alpha, limit)
+
+
+@clamped_swiglu.register_fake
+def _(gate_up: Tensor, alpha: float, limit: float, backend: str) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@torch.library.custom_op("gptoss_opt::clamped_swiglu_backward", mutates_args=())
+def clamped_swiglu_backward(d_h: Tensor, gate_up: Tensor, alpha: float, limit: float, backend: str) -> Tensor:
+    """The gradient [N, 2 I] for `gate_up` of `d_h` [N, I]."""
+    return PACKED_KERNELS[backend].swiglu_backward(d_h, gate_up, alpha, limit)
+
+
+@clamped_swiglu_backward.register_fake
+def _(d_h: Tensor, gate_up: Tensor, alpha: float, limit: float, backend: str) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate_up, ctx.alpha, ctx.limit, ctx.backend = inputs
+    ctx.save_for_backward(gate_up)
+
+
+def _backward(ctx: Any, d_h: Tensor) -> tuple[Tensor | None, ...]:
+    (gate_up,) = ctx.saved_tensors
+    return clamped_swiglu_backward(d_h, gate_up, ctx.alpha, ctx.limit, ctx.backend), None, None, None
+
+
+clamped_swiglu.register_autograd(_backward, setup_context=_save)
+
+
+def swiglu(gate_up: Tensor, alpha: float, limit: float, backend: str) -> Tensor:
+    """`clamped_swiglu`, as an operator only where one is needed.
+
+    A backend without an activation of its own, such as torch's grouped product, borrows that of the first one for
+    packed weights that serves; while it is traced, the plain one.
 
     Example:
-        >>> swiglu(torch.tensor([[1.0, 0.0, 100.0, 100.0]]), alpha=1.702, limit=7.0)
+        >>> swiglu(torch.tensor([[1.0, 0.0, 100.0, 100.0]]), alpha=1.702, limit=7.0, backend="torch")
         tensor([[ 0.8458, 55.9996]])
     """
-    gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
-    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+    if backend not in PACKED_KERNELS:
+        backend = "reference" if is_traced(gate_up) else _first_to_serve(gate_up.device.type, gate_up.dtype)
+    if needs_operator(gate_up):
+        return clamped_swiglu(gate_up, alpha, limit, backend)
+    return PACKED_KERNELS[backend].swiglu(gate_up, alpha, limit)
 
 
-def swiglu_backward(d_out: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """The gradient for `gate_up` [N, 2 I] of `d_out` [N, I]: zero where a clamp holds."""
-    gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
-    sigmoid = torch.sigmoid(alpha * gate)
-    d_gate = d_out * (up + 1) * sigmoid * (1 + alpha * gate * (1 - sigmoid))
-    d_up = d_out * gate * sigmoid
-    inside = torch.stack((gate_up[..., ::2] <= limit, gate_up[..., 1::2].abs() <= limit), -1)
-    return (torch.stack((d_gate, d_up), -1) * inside).flatten(-2)
+@cache
+def _first_to_serve(device_type: str, dtype: torch.dtype) -> str:
+    request = ExpertsRequest(device_type, dtype)
+    return next(backend.name for backend in PACKED_BACKENDS if backend.why_not(request) is None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Routes:
     Attributes:
         order: int64 `[N]`; row `n` is route `order[n]` of the routes laid out token by token.
         inverse: int64 `[N]`; the row of each route.
-        ends: int32 `[E]`; the rows of expert `e` end before `ends[e]`, and begin where those of `e - 1` end.
+        offsets: int32 `[E]`; the rows of expert `e` end before `offsets[e]`, and begin where those of `e - 1` end.
         top_k: K.
     """
 
     order: Tensor
     inverse: Tensor
-    ends: Tensor
+    offsets: Tensor
     top_k: int
 
     @classmethod
@@ -37,19 +37,19 @@ class Routes:
         keys = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
         keys, order = torch.sort(keys, stable=True)
         experts = torch.arange(num_experts, device=keys.device, dtype=keys.dtype)
-        ends = torch.searchsorted(keys, experts, right=True, out_int32=True)
+        offsets = torch.searchsorted(keys, experts, right=True, out_int32=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
-        return cls(order, inverse, ends, indices.shape[-1])
+        return cls(order, inverse, offsets, indices.shape[-1])
 
     def gather(self, x: Tensor) -> Tensor:
         """`x` [T, H] as rows [N, H]."""
         return cast(Tensor, _Gather.apply(x, self.order // self.top_k, self.inverse, self.top_k))
 
-    def combine(self, y: Tensor, weights: Tensor) -> Tensor:
-        """The sums [T, H] over each token's rows of `y` [N, H], weighted by `weights` [T, K], always in one order."""
+    def combine(self, y: Tensor, routing_weights: Tensor) -> Tensor:
+        """The sums [T, H] over each token's rows of `y` [N, H], weighted by [T, K], always in one order."""
         routes = cast(Tensor, _Gather.apply(y, self.inverse, self.order, 1)).unflatten(0, (-1, self.top_k))
-        return torch.bmm(weights.to(y.dtype)[:, None], routes)[:, 0]
+        return torch.bmm(routing_weights.to(y.dtype)[:, None], routes)[:, 0]
 
 
 class _Gather(torch.autograd.Function):
@@ -68,40 +68,25 @@ class _Gather(torch.autograd.Function):
         return d_x if ctx.times == 1 else d_x.unflatten(0, (-1, ctx.times)).sum(1), None, None, None
 
 
-def of_expert(ends: Tensor) -> list[tuple[int, int, int]]:
+def of_expert(offsets: Tensor) -> list[tuple[int, int, int]]:
     """`(expert, begin, end)` of every expert that has rows. Waits for the device."""
-    stops = ends.tolist()
+    stops = offsets.tolist()
     return [(e, a, b) for e, (a, b) in enumerate(zip([0, *stops], stops, strict=False)) if b > a]
 
 
-def expert_of_rows(ends: Tensor, num_rows: int) -> Tensor:
+def expert_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
     """The expert of each row, int64 [N]; E for rows of no expert."""
-    rows = torch.arange(num_rows, device=ends.device, dtype=ends.dtype)
-    return torch.searchsorted(ends, rows, right=True)
+    rows = torch.arange(num_rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, rows, right=True)
 
 
-def add_bias(y: Tensor, ends: Tensor, bias: Tensor) -> Tensor:
+def add_bias(y: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
     """`y` [N, out] plus the bias [E, out] of each row's expert; rows of no expert stay as they are."""
     padded = torch.cat((bias.to(y.dtype), bias.new_zeros(1, bias.shape[1], dtype=y.dtype)))
-    return y + padded[expert_of_rows(ends, y.shape[0])]
+    return y + padded[expert_of_rows(offsets, y.shape[0])]
 
 
-def sum_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
+def sum_by_expert(rows: Tensor, offsets: Tensor) -> Tensor:
     """`rows` [N, H] summed by expert [E, H], in a fixed order."""
-    experts = torch.arange(ends.numel(), device=ends.device)
-    return (experts[:, None] == expert_of_rows(ends, rows.shape[0])).to(rows.dtype) @ rows
-
-
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether a call is being traced, or its tensors stand for others: then no value and no address can be read."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors)
-    )
-
-
-def needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether the call must be an operator: for autograd and tracing. Otherwise its overhead is saved."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return is_traced(*given) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+    experts = torch.arange(offsets.numel(), device=offsets.device)
+    return (experts[:, None] == expert_of_rows(offsets, rows.shape[0])).to(rows.dtype) @ rows

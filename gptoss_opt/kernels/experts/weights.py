@@ -1,16 +1,26 @@
-"""What the kernels multiply with: the experts' weights of one projection, dense or packed."""
+"""What a backend is asked for, and what it multiplies with: the experts' weights of one projection, dense or packed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..mxfp4.format import unpack
+from ..mxfp4.format import BLOCK, unpack
 
 
 @dataclass(frozen=True)
-class Dense:
+class ExpertsRequest:
+    """What a backend must serve: where, in which dtype, and with which sizes (hidden and intermediate)."""
+
+    device_type: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class DenseWeights:
     """Weights in the layout of transformers.
 
     Attributes:
@@ -22,13 +32,22 @@ class Dense:
     bias: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """E, in and out."""
+        return self.weight.shape
+
+    @property
     def trainable(self) -> tuple[Tensor | None, ...]:
         """What may take gradients."""
         return self.weight, self.bias
 
+    def expert(self, index: int, like: Tensor) -> Tensor:
+        """The weights of one expert `[in, out]`, which must be in the dtype of `like` already."""
+        return self.weight[index]
+
 
 @dataclass(frozen=True)
-class Packed:
+class PackedWeights:
     """MXFP4 weights in the layout of the released checkpoints.
 
     Attributes:
@@ -42,6 +61,12 @@ class Packed:
     bias: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """E, in and out."""
+        num_experts, num_out, num_blocks = self.scales.shape
+        return num_experts, num_blocks * BLOCK, num_out
+
+    @property
     def trainable(self) -> tuple[Tensor | None, ...]:
         """What may take gradients."""
         return (self.bias,)
@@ -51,4 +76,4 @@ class Packed:
         return unpack(self.blocks[index], self.scales[index], like.dtype).T
 
 
-Weights = Dense | Packed
+ExpertWeights = DenseWeights | PackedWeights

@@ -30,6 +30,15 @@ class Matrices(ctypes.Structure):
     """The weights of one projection as the library takes them, by their addresses: see native.c."""
 
     _fields_ = (("weights", _P), ("scales", _P), ("bias", _P), ("rows", _LONG), ("length", _LONG))
+    tensors: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, weights: Tensor, scales: Tensor | None, bias: Tensor | None, rows: int, length: int) -> Matrices:
+        """Contiguous tensors, which stay alive as long as their addresses are held."""
+        there = weights.data_ptr(), None if scales is None else scales.data_ptr()
+        matrices = cls(*there, None if bias is None else bias.data_ptr(), rows, length)
+        matrices.tensors = weights, scales, bias
+        return matrices
 
 
 class Paged(ctypes.Structure):
@@ -67,6 +76,7 @@ def _path() -> str | None:
     return None if spec is None else spec.origin
 
 
+@cache
 def library() -> Library:
     """The native library, loaded."""
     loaded = _loaded()

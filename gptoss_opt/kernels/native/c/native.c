@@ -131,7 +131,7 @@ static int takes_order(int which, int columns, const Matrices *m) { return which
 
 /* The products (see Product) of all experts that have rows, `columns` or dot. Returns 0, -1 if there is no memory, or -2
  * for dense weights where they cannot be. */
-static int product(const Team *team, int which, int columns, const void *x, void *y, const int32_t *ends,
+static int product(const Team *team, int which, int columns, const void *x, void *y, const int32_t *offsets,
                    const Matrices *m, long num_experts) {
     if (!m->scales && which != AVX512_BF16) return -2;
     const size_t item = item_of(which), values = (size_t)m->rows * m->length;
@@ -139,9 +139,9 @@ static int product(const Team *team, int which, int columns, const void *x, void
     Expert *experts = malloc((size_t)(num_experts ? num_experts : 1) * sizeof *experts);
     if (!experts) return -1;
     long active = 0;
-    for (long e = 0, begin = 0; e < num_experts; begin = ends[e++])
-        if (ends[e] > begin)
-            experts[active++] = (Expert){begin, ends[e], m->weights + e * (m->scales ? values / 2 : values * 2),
+    for (long e = 0, begin = 0; e < num_experts; begin = offsets[e++])
+        if (offsets[e] > begin)
+            experts[active++] = (Expert){begin, offsets[e], m->weights + e * (m->scales ? values / 2 : values * 2),
                                          m->scales ? m->scales + e * values / BLOCK : NULL,
                                          m->bias ? (const char *)m->bias + e * out * item : NULL};
     long unit = columns ? 1 : GROUP_ROWS, panel = 1;
@@ -171,18 +171,19 @@ static int gather(const Team *team, int ordered_too, const Gathering *g) {
     return run_units(team, unit, g, (g->num_rows + GATHERED_ROWS - 1) / GATHERED_ROWS);
 }
 
-/* One product. `ends` [E] are the cumulative ends of the experts' rows of x; rows of y that belong to no expert are not
+/* One product. `offsets` [E] say where the rows of each expert end in x; rows of y that belong to no expert are not
  * touched. x, y and bias are bfloat16 if `which` is AVX512_BF16, else float32. `room` holds a copy of x where one in
  * another order is needed. Returns what `product` does. */
-int gptoss_product(int which, int columns, const void *x, void *y, const int32_t *ends, const Matrices *weights,
+int gptoss_product(int which, int columns, const void *x, void *y, const int32_t *offsets, const Matrices *weights,
                    void *room, long num_experts, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
     if (takes_order(which, columns, weights) && num_experts) {
-        const Gathering g = {.x = x, .to = room, .num_rows = ends[num_experts - 1], .length = weights->length, .item = 2};
+        const long num_rows = offsets[num_experts - 1];
+        const Gathering g = {.x = x, .to = room, .num_rows = num_rows, .length = weights->length, .item = 2};
         if (gather(&team, 1, &g)) return -1;
         x = room;
     }
-    return product(&team, which, columns, x, y, ends, weights, num_experts);
+    return product(&team, which, columns, x, y, offsets, weights, num_experts);
 }
 
 /* Memory of at least `bytes` bytes, in whole lines; on huge pages where they are worth it and Linux gives them. */
@@ -195,11 +196,11 @@ static void *room_for(size_t bytes) {
     return room;
 }
 
-/* A whole layer, forward: x [T, H] to out [T, H] by the experts `indices` [T, K], weighted by `routing` [T, K].
+/* A whole layer, forward: x [T, H] to out [T, H] by the experts `indices` [T, K], weighted by `routing_weights` [T, K].
  * Dtypes are as in gptoss_product. Returns what `product` does. */
-int gptoss_experts(int which, const void *x, const int64_t *indices, const float *routing, const Matrices *gate_up,
-                   const Matrices *down, void *out, long num_tokens, long top_k, long num_experts, double alpha,
-                   double limit, fork_join parallel, int num_threads) {
+int gptoss_experts(int which, const void *x, const int64_t *indices, const float *routing_weights,
+                   const Matrices *gate_up, const Matrices *down, void *out, long num_tokens, long top_k,
+                   long num_experts, double alpha, double limit, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
     const int columns = !gate_up->scales, half = which == AVX512_BF16;
     const long num_routes = num_tokens * top_k, hidden = columns ? gate_up->rows : gate_up->length;
@@ -216,12 +217,12 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
     long *order = (long *)(activated + third), *inverse = order + num_routes;
     const Routes routes = {num_tokens, top_k, num_experts, order, inverse, (int32_t *)(inverse + num_routes)};
     sort_routes(&routes, indices);
-    const long used = num_experts ? routes.ends[num_experts - 1] : 0;
+    const long used = num_experts ? routes.offsets[num_experts - 1] : 0;
     const int in_order = takes_order(which, columns, gate_up);
 
     const Gathering g = {x, rows, order, top_k, used, hidden, item};
     int status = gather(&team, in_order, &g);
-    if (!status) status = product(&team, which, columns, rows, pairs, routes.ends, gate_up, num_experts);
+    if (!status) status = product(&team, which, columns, rows, pairs, routes.offsets, gate_up, num_experts);
     if (!status)
         status = gptoss_swiglu(which, half, pairs, NULL, activated, used * inner, alpha, limit, parallel, num_threads);
     if (!status && in_order) {
@@ -229,8 +230,8 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
         status = gather(&team, 1, &h);
     }
     if (!status)
-        status = product(&team, which, columns, in_order ? rows : activated, pairs, routes.ends, down, num_experts);
-    const Combining c = {&routes, pairs, routing, out, hidden, half};
+        status = product(&team, which, columns, in_order ? rows : activated, pairs, routes.offsets, down, num_experts);
+    const Combining c = {&routes, pairs, routing_weights, out, hidden, half};
     if (!status) status = run_units(&team, implementation(which).combine, &c, num_tokens);
     free(rows);
     return status;

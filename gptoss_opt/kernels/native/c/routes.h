@@ -5,25 +5,25 @@
 /* T tokens of `length` values, top_k experts each: N = T * top_k routes, laid out token by token. */
 typedef struct {
     long num_tokens, top_k, num_experts;
-    long *order;   /* [N] the route of each row; rows are sorted by expert, those of no expert last */
-    long *inverse; /* [N] the row of each route */
-    int32_t *ends; /* [E] the rows of expert e end before ends[e] */
+    long *order;      /* [N] the route of each row; rows are sorted by expert, those of no expert last */
+    long *inverse;    /* [N] the row of each route */
+    int32_t *offsets; /* [E] the rows of expert e end before offsets[e] */
 } Routes;
 
-/* Fill in order, inverse and ends. Experts outside [0, E) belong to other ranks. */
+/* Fill in order, inverse and offsets. Experts outside [0, E) belong to other ranks. */
 static void sort_routes(const Routes *r, const int64_t *indices) {
     const long num_routes = r->num_tokens * r->top_k, num_experts = r->num_experts;
-    memset(r->ends, 0, (size_t)num_experts * sizeof *r->ends);
+    memset(r->offsets, 0, (size_t)num_experts * sizeof *r->offsets);
     for (long n = 0; n < num_routes; n++)
-        if (indices[n] >= 0 && indices[n] < num_experts) r->ends[indices[n]]++;
+        if (indices[n] >= 0 && indices[n] < num_experts) r->offsets[indices[n]]++;
     int32_t next = 0;
     for (long e = 0; e < num_experts; e++) {
-        const int32_t count = r->ends[e];
-        r->ends[e] = next; /* where it begins, for now */
+        const int32_t count = r->offsets[e];
+        r->offsets[e] = next; /* where it begins, for now */
         next += count;
     }
     for (long n = 0; n < num_routes; n++) {
-        const long row = indices[n] >= 0 && indices[n] < num_experts ? r->ends[indices[n]]++ : next++;
+        const long row = indices[n] >= 0 && indices[n] < num_experts ? r->offsets[indices[n]]++ : next++;
         r->order[row] = n;
         r->inverse[n] = row;
     }
@@ -52,7 +52,7 @@ enum { COMBINED = 512 };
 
 INLINE void combine_token(const Combining *c, long t, int half) {
     const Routes *r = c->routes;
-    const long rows = r->num_experts ? r->ends[r->num_experts - 1] : 0, length = c->length;
+    const long rows = r->num_experts ? r->offsets[r->num_experts - 1] : 0, length = c->length;
     for (long begin = 0; begin < length; begin += COMBINED) {
         const long count = length - begin < COMBINED ? length - begin : COMBINED;
         float sum[COMBINED] = {0};

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiled import TileCall
+from ..tiled import TileCall
 
 
 class TorchCpu:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .varlen import VarlenCall
+from ..varlen import VarlenCall
 
 
 class FlashAttn2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .visible import Rules, dense_mask
+from ..visible import Rules, dense_mask
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> Tensor:

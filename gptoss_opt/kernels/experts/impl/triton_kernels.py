@@ -17,14 +17,14 @@ TWO_TO_126 = tl.constexpr(2.0**126)
 
 
 @triton.jit
-def _find_rows(ends_ptr, index, num_rows, num_experts, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The expert, first row and last row (exclusive) of a row tile, from the ends of the experts alone.
+def _find_rows(offsets_ptr, index, num_rows, num_experts, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The expert, first row and last row (exclusive) of a row tile, from the offsets alone.
 
     The rows behind the last expert are those of expert E, and tiles past the end are of an expert beyond it.
     """
     group = tl.arange(0, BLOCK_E)
-    end = tl.load(ends_ptr + group, mask=group < num_experts, other=num_rows)
-    begin = tl.load(ends_ptr + group - 1, mask=(group > 0) & (group <= num_experts), other=num_rows)
+    end = tl.load(offsets_ptr + group, mask=group < num_experts, other=num_rows)
+    begin = tl.load(offsets_ptr + group - 1, mask=(group > 0) & (group <= num_experts), other=num_rows)
     begin = tl.where(group == 0, 0, begin)
     num_tiles = (end - begin + BLOCK_N - 1) // BLOCK_N
     last_tile = tl.cumsum(num_tiles, 0)
@@ -92,7 +92,7 @@ def _decode(words, factor, dtype: tl.constexpr, NUM_ROWS: tl.constexpr, NUM_VALU
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
     x_ptr,
-    ends_ptr,
+    offsets_ptr,
     words_ptr,
     scales_ptr,
     y_ptr,
@@ -113,7 +113,7 @@ def forward_kernel(
     # float16 has too few exponents for a scale: its values are decoded in float32.
     wide: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float32
     row_tile, out_tile = _place(tl.cdiv(out_features, BLOCK_O), GROUP)
-    expert, first_row, end_row = _find_rows(ends_ptr, row_tile, num_rows, num_experts, BLOCK_N, BLOCK_E)
+    expert, first_row, end_row = _find_rows(offsets_ptr, row_tile, num_rows, num_experts, BLOCK_N, BLOCK_E)
     if expert > num_experts:
         return
     # Rows of no expert take no step, and stay zero.
@@ -155,7 +155,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def backward_input_kernel(
     dy_ptr,
-    ends_ptr,
+    offsets_ptr,
     words_ptr,
     scales_ptr,
     dx_ptr,
@@ -175,7 +175,7 @@ def backward_input_kernel(
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
     wide: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float32
     row_tile, k_tile = _place(tl.cdiv(num_scales, BLOCK_G), GROUP)
-    expert, first_row, end_row = _find_rows(ends_ptr, row_tile, num_rows, num_experts, BLOCK_N, BLOCK_E)
+    expert, first_row, end_row = _find_rows(offsets_ptr, row_tile, num_rows, num_experts, BLOCK_N, BLOCK_E)
     if expert > num_experts:
         return
     num_steps = tl.where(expert < num_experts, tl.cdiv(out_features, BLOCK_O), 0)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .tiled import TileCall
-from .varlen import VarlenCall
+from ..tiled import TileCall
+from ..varlen import VarlenCall
 
 LSE_ALIGNMENT = 32
 BIAS_ALIGNMENT = 16

@@ -1,0 +1,1 @@
+"""The implementations of attention. None imports another: `backends` says which one serves what."""

@@ -1,0 +1,1 @@
+"""The implementations of the experts' products and activation. None imports another."""

@@ -1,0 +1,206 @@
+"""Products with expert weights, and the activation, by the native library, on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...mxfp4 import BLOCK
+from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, instruction_set, library, why_not
+from ..tracing import needs_operator
+from ..weights import DenseWeights, ExpertsRequest, ExpertWeights
+
+
+class Native:
+    """Packed weights, decoded in registers; bfloat16 or float32, sums in float32.
+
+    `instruction_set` is an index of `INSTRUCTION_SETS`, by default the best that this CPU has.
+    """
+
+    name = "native"
+    only_named = False
+
+    def why_not(self, request: ExpertsRequest) -> str | None:
+        """The reason why it cannot serve, or None."""
+        return why_not(request.device_type, request.dtype)
+
+    def fused(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        routing_weights: Tensor,
+        gate_up: ExpertWeights,
+        down: ExpertWeights,
+        alpha: float,
+        limit: float,
+        *,
+        instruction_set: int | None = None,
+    ) -> Tensor:
+        """See `experts` of this package."""
+        functions, best, parallel = library()
+        which = best if instruction_set is None else instruction_set
+        dtype = _dtype(x, gate_up, down, which=which)
+        num_experts, hidden, pairs = gate_up.shape
+        _check_sizes(
+            x=(x.shape, (len(x), hidden)),
+            indices=(indices.shape, (len(x), indices.shape[-1])),
+            routing_weights=(routing_weights.shape, indices.shape),
+            down=(down.shape, (num_experts, pairs // 2, hidden)),
+        )
+        rows, indices = x.to(dtype).contiguous(), indices.to(torch.int64).contiguous()
+        # To the dtype of x first: as where gradients are asked for.
+        routing_weights = routing_weights.to(x.dtype).to(torch.float32).contiguous()
+        out = torch.empty_like(rows)
+        status = functions.gptoss_experts(
+            which if dtype == torch.bfloat16 else min(which, BFLOAT16 - 1),
+            rows.data_ptr(),
+            indices.data_ptr(),
+            routing_weights.data_ptr(),
+            _matrices(gate_up, gate_up.bias, dtype),
+            _matrices(down, down.bias, dtype),
+            out.data_ptr(),
+            *indices.shape,
+            num_experts,
+            alpha,
+            limit,
+            parallel,
+            torch.get_num_threads(),
+        )
+        _check(status)
+        return out.to(x.dtype)
+
+    def forward(
+        self, x: Tensor, offsets: Tensor, weights: ExpertWeights, *, instruction_set: int | None = None
+    ) -> Tensor:
+        return _product(x, offsets, weights, False, instruction_set)
+
+    def backward(
+        self, d_y: Tensor, offsets: Tensor, weights: ExpertWeights, *, instruction_set: int | None = None
+    ) -> Tensor:
+        return _product(d_y, offsets, weights, True, instruction_set)
+
+    def swiglu(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        """In one pass, in float32 inside; bfloat16 or float32."""
+        gate_up = gate_up.contiguous()
+        return _activate(gate_up, None, gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2), alpha, limit)
+
+    def swiglu_backward(self, d_h: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        gate_up = gate_up.contiguous()
+        return _activate(gate_up, d_h.contiguous(), torch.empty_like(gate_up), alpha, limit)
+
+
+class NativeDense(Native):
+    """Dense weights, in bfloat16 on a CPU with AVX-512 BF16."""
+
+    def why_not(self, request: ExpertsRequest) -> str | None:
+        """The reason why it cannot serve, or None."""
+        if reason := why_not(request.device_type, request.dtype):
+            return reason
+        if request.dtype != torch.bfloat16 or library().best != BFLOAT16:
+            which = INSTRUCTION_SETS[BFLOAT16]
+            return f"takes dense weights in bfloat16 on {which}; this is {request.dtype} on {instruction_set()}"
+        if odd := [size for size in request.sizes if size % BLOCK]:
+            return f"takes dense weights of sizes that are multiples of {BLOCK}, not {odd[0]}"
+        return None
+
+    def as_operator(self, x: Tensor, weights: DenseWeights) -> bool:
+        return needs_operator(x, weights.weight, weights.bias)
+
+
+NATIVE, NATIVE_DENSE = Native(), NativeDense()
+
+
+def _dtype(x: Tensor, *projections: ExpertWeights, which: int) -> torch.dtype:
+    """What is multiplied for rows of `x`. Only the last of the instruction sets multiplies bfloat16."""
+    if x.dtype not in DTYPES or x.device.type != "cpu":
+        problem = f"the native library {why_not(x.device.type, x.dtype)}"
+        raise ValueError(f"{problem}: moved or cast after it was wrapped. Apply the wrapper again: it chooses anew.")
+    for weights in projections:
+        values = weights.weight if isinstance(weights, DenseWeights) else weights.blocks
+        dense = isinstance(weights, DenseWeights)
+        wanted = torch.bfloat16 if dense else torch.uint8
+        if values.device.type != "cpu" or values.dtype != wanted:
+            raise ValueError(
+                f"the native library takes {wanted} weights on cpu, and these are {values.dtype} on {values.device}: "
+                "moved or cast after they were wrapped. Apply the wrapper again: it chooses anew."
+            )
+        if dense and (which != BFLOAT16 or x.dtype != torch.bfloat16):
+            raise ValueError(
+                f"the native library multiplies dense weights in bfloat16 on {INSTRUCTION_SETS[BFLOAT16]}, not rows of "
+                f"{x.dtype} on {INSTRUCTION_SETS[which]}. Apply the wrapper again: it chooses anew."
+            )
+    return x.dtype if which == BFLOAT16 else torch.float32
+
+
+def _check(status: int) -> None:
+    assert status != -2, "dense weights are checked before"
+    if status:
+        raise MemoryError("the native kernel found no memory for its scratch space.")
+
+
+def _check_sizes(**sizes: tuple[Sequence[int], Sequence[int]]) -> None:
+    """Raise `ValueError` unless each first shape is the second: what is behind an address cannot be looked up later."""
+    for name, (found, wanted) in sizes.items():
+        if tuple(found) != tuple(wanted):
+            raise ValueError(f"{name} is {list(found)}, and should be {list(wanted)}.")
+
+
+def _matrices(weights: ExpertWeights, bias: Tensor | None, dtype: torch.dtype) -> Matrices:
+    """The weights as the library takes them, with a bias in `dtype`."""
+    if isinstance(weights, DenseWeights):
+        values, scales = weights.weight.contiguous(), None
+        _, rows, length = weights.shape
+    else:
+        values, scales = weights.blocks.contiguous(), weights.scales.contiguous()
+        _, length, rows = weights.shape
+    return Matrices.of(values, scales, None if bias is None else bias.to(dtype).contiguous(), rows, length)
+
+
+def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool, which: int | None) -> Tensor:
+    """`x` [N, in] times the weights plus the bias; or with `backward`, `x` [N, out] times the transposed weights."""
+    functions, best, parallel = library()
+    which = best if which is None else which
+    dtype = _dtype(x, weights, which=which)
+    num_experts, width, out_width = weights.shape
+    if backward:
+        width, out_width = out_width, width
+    _check_sizes(rows=(x.shape, (len(x), width)), offsets=(offsets.shape, (num_experts,)))
+    half, packed = dtype == torch.bfloat16, not isinstance(weights, DenseWeights)
+    rows, offsets = x.to(dtype).contiguous(), offsets.contiguous()
+    matrices = _matrices(weights, None if backward else weights.bias, dtype)
+    y = rows.new_empty(x.shape[0], out_width)
+    y[int(offsets[-1]) :] = 0
+    room = torch.empty_like(rows) if half and packed and not backward else None
+    status = functions.gptoss_product(
+        which if half else min(which, BFLOAT16 - 1),
+        packed == backward,
+        rows.data_ptr(),
+        y.data_ptr(),
+        offsets.data_ptr(),
+        matrices,
+        None if room is None else room.data_ptr(),
+        offsets.numel(),
+        parallel,
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return y.to(x.dtype)
+
+
+def _activate(gate_up: Tensor, d_h: Tensor | None, to: Tensor, alpha: float, limit: float) -> Tensor:
+    functions, best, parallel = library()
+    functions.gptoss_swiglu(
+        best,
+        gate_up.dtype == torch.bfloat16,
+        gate_up.data_ptr(),
+        None if d_h is None else d_h.data_ptr(),
+        to.data_ptr(),
+        gate_up.numel() // 2,
+        alpha,
+        limit,
+        parallel,
+        torch.get_num_threads(),
+    )
+    return to

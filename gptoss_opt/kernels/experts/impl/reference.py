@@ -1,0 +1,70 @@
+"""The experts in plain torch, one after the other: they define the semantics and run everywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..routes import of_expert
+from ..weights import ExpertsRequest, ExpertWeights
+
+
+class Reference:
+    """One expert at a time; packed weights are dequantised."""
+
+    name = "reference"
+    only_named = False
+    fused = None
+
+    def why_not(self, request: ExpertsRequest) -> str | None:
+        """None: it runs everywhere."""
+        return None
+
+    def forward(self, x: Tensor, offsets: Tensor, weights: ExpertWeights) -> Tensor:
+        y = x.new_zeros(x.shape[0], weights.shape[2])
+        for e, begin, end in of_expert(offsets):
+            y[begin:end] = x[begin:end] @ weights.expert(e, x)
+            if weights.bias is not None:
+                y[begin:end] += weights.bias[e]
+        return y
+
+    def backward(self, d_y: Tensor, offsets: Tensor, weights: ExpertWeights) -> Tensor:
+        d_x = d_y.new_zeros(d_y.shape[0], weights.shape[1])
+        for e, begin, end in of_expert(offsets):
+            d_x[begin:end] = d_y[begin:end] @ weights.expert(e, d_y).T
+        return d_x
+
+    def swiglu(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
+        return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+
+    def swiglu_backward(self, d_h: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
+        sigmoid = torch.sigmoid(alpha * gate)
+        d_gate = d_h * (up + 1) * sigmoid * (1 + alpha * gate * (1 - sigmoid))
+        d_up = d_h * gate * sigmoid
+        inside = torch.stack((gate_up[..., ::2] <= limit, gate_up[..., 1::2].abs() <= limit), -1)
+        return (torch.stack((d_gate, d_up), -1) * inside).flatten(-2)
+
+
+class ReferenceDense(Reference):
+    """Dense weights, differentiated by autograd."""
+
+    def as_operator(self, x: Tensor, weights: ExpertWeights) -> bool:
+        """Never: autograd sees plain operations."""
+        return False
+
+    def forward(self, x: Tensor, offsets: Tensor, weights: ExpertWeights) -> Tensor:
+        parts, last = [], 0
+        for e, begin, end in of_expert(offsets):
+            y = x[begin:end] @ weights.expert(e, x)
+            parts.append(y if weights.bias is None else y + weights.bias[e])
+            last = end
+        # Rows of no expert: zeros, but part of the graph, as all else may be missing.
+        rest = x[last:].masked_fill(x.new_ones((), dtype=torch.bool), 0) @ weights.expert(0, x)
+        if weights.bias is not None:
+            rest = rest + weights.bias[0].masked_fill(x.new_ones((), dtype=torch.bool), 0)
+        return torch.cat([*parts, rest])
+
+
+REFERENCE, REFERENCE_DENSE = Reference(), ReferenceDense()

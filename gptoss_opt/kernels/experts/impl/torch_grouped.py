@@ -1,0 +1,59 @@
+"""torch's grouped matrix product on dense weights, on CPU and CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..routes import add_bias
+from ..tracing import is_traced
+from ..weights import DenseWeights, ExpertsRequest
+
+ROW_BYTES = 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class TorchGrouped:
+    """`torch.nn.functional.grouped_mm`, which autograd differentiates. It has no activation of its own."""
+
+    name = "torch"
+    only_named = False
+    fused = None
+
+    def why_not(self, request: ExpertsRequest) -> str | None:
+        """The reason why it cannot serve, or None."""
+        device_type, dtype = request.device_type, request.dtype
+        if device_type not in ("cpu", "cuda", "meta"):
+            return f"grouped_mm has no kernel on {device_type}"
+        if dtype not in DTYPES:
+            return f"grouped_mm takes {', '.join(map(str, DTYPES))}, and the model is in {dtype}"
+        if device_type == "cuda" and dtype == torch.float16:
+            return "grouped_mm has no kernel for torch.float16 on cuda"
+        if odd := [size for size in request.sizes if size * dtype.itemsize % ROW_BYTES]:
+            return f"grouped_mm takes rows of a multiple of {ROW_BYTES} bytes, not of {odd[0]} values in {dtype}"
+        return None
+
+    def as_operator(self, x: Tensor, weights: DenseWeights) -> bool:
+        # torch traces its own product, and has it without memory, in bfloat16 only.
+        return x.dtype != torch.bfloat16 and is_traced(x)
+
+    def forward(self, x: Tensor, offsets: Tensor, weights: DenseWeights) -> Tensor:
+        y = _product(x, offsets, weights.weight)
+        return y if weights.bias is None else add_bias(y, offsets, weights.bias)
+
+    def backward(self, d_y: Tensor, offsets: Tensor, weights: DenseWeights) -> Tensor:
+        return _product(d_y.contiguous(), offsets, weights.weight.mT)
+
+
+TORCH_GROUPED = TorchGrouped()
+
+
+def _product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    # grouped_mm leaves rows after the last offset as the memory was, of y and of the gradient of x.
+    if x.device.type == "cpu" and not is_traced(x):
+        stop = int(offsets[-1])
+        y = functional.grouped_mm(x[:stop], weight, offs=offsets)
+        return y if stop == x.shape[0] else functional.pad(y, (0, 0, 0, x.shape[0] - stop))
+    outside = (torch.arange(x.shape[0], device=x.device) >= offsets[-1])[:, None]
+    return functional.grouped_mm(x.masked_fill(outside, 0), weight, offs=offsets).masked_fill(outside, 0)

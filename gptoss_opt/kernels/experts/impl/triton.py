@@ -1,0 +1,232 @@
+"""Products of rows, sorted by expert, with weights packed as MXFP4, on CUDA through Triton.
+
+Nothing here waits for the GPU: the launch grids follow from shapes, and each program finds its expert on the device, so
+CUDA graphs can capture a call.
+
+Legend: N rows, sorted by expert; E experts; O output and K input features of one projection; I = O / 2.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...mxfp4 import BLOCK
+from ...triton import DTYPES, why_not
+from ..routes import add_bias
+from ..weights import ExpertsRequest, PackedWeights
+
+
+class TileConfig(NamedTuple):
+    """What one program computes: `rows` x `out` of the result, `depth` (a multiple of 32) terms of the sum a step.
+
+    For the gradient of the input the roles of `out` and `depth` change: `rows` x `depth`, and `out` terms a step.
+    """
+
+    rows: int
+    out: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# (rows per expert up to which it serves, tile), from arithmetic; a measurement on a GPU is still to be made.
+#
+# Each weight is read once per row tile of its expert, half a byte of it, and costs 2 operations per row. A GPU that
+# does 990 Tflop/s in bfloat16 and reads 3.35 TB/s is bound by memory below about 80 rows per expert. There the least
+# rows a tensor core takes (16) waste nothing, and what counts is many bytes under way: wide steps, several stages, and
+# small tiles of features, so that even four experts fill the GPU. Above, row tiles of 64 and more reuse what was
+# decoded, and the feature tile grows so that rows are read less often.
+TILES = (
+    (16, TileConfig(rows=16, out=64, depth=256, num_warps=4, num_stages=4)),
+    (32, TileConfig(rows=32, out=64, depth=256, num_warps=4, num_stages=3)),
+    (96, TileConfig(rows=64, out=128, depth=128, num_warps=8, num_stages=3)),
+    (None, TileConfig(rows=128, out=128, depth=64, num_warps=8, num_stages=4)),
+)
+# The sum over `out` runs in short steps: [out, depth] decoded weights pass through shared memory.
+BACKWARD_TILES = (
+    (16, TileConfig(rows=16, out=64, depth=128, num_warps=4, num_stages=4)),
+    (96, TileConfig(rows=64, out=64, depth=128, num_warps=4, num_stages=3)),
+    (None, TileConfig(rows=128, out=64, depth=128, num_warps=8, num_stages=3)),
+)
+# Exact float32 products have no tensor cores: small tiles keep the operands in registers.
+FLOAT32_TILE = TileConfig(rows=16, out=32, depth=64, num_warps=4, num_stages=2)
+
+# From this many rows per expert on, the weights are dequantised to a dense temporary and multiplied by torch's grouped
+# product. Also from arithmetic: writing and reading 2 bytes a weight takes 1.3 ps of a 3.35 TB/s memory, as long as the
+# products of about 670 rows at 1 Pflop/s; what it buys is a product without decoding, which is some share of that.
+DENSE_ROWS_PER_EXPERT = 1024
+
+GROUP = 8
+"""Row tiles that go over all feature tiles together: the weights of the one or two experts they have stay in L2."""
+SCALES_PER_PROGRAM = 64
+PAIRS_PER_PROGRAM = 1024
+
+
+class Triton:
+    """Packed weights, decoded in registers, or for many rows dequantised to a temporary; on CUDA.
+
+    A weight is `FP4_VALUES[code] * 2 ** (scale - 127)` in the dtype of the rows: exact in bfloat16 and float32, rounded
+    where it is subnormal in float16, infinite where it is too large. The scale 255 makes NaN. Sums are in float32.
+    """
+
+    name = "triton"
+    only_named = False
+    fused = None
+
+    def why_not(self, request: ExpertsRequest) -> str | None:
+        """The reason why it cannot serve, or None."""
+        return why_not(request.device_type, request.dtype)
+
+    def forward(self, x: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor:
+        _check(x, offsets, weights, dim=1)
+        num_experts, _, out_features = weights.shape
+        if _goes_dense(x, num_experts, out_features):
+            y = _grouped(x, unpack(weights.blocks, weights.scales, x.dtype).transpose(1, 2), offsets)
+        else:
+            y = x.new_empty(len(x), out_features)
+            tile = _tile(TILES, x, num_experts)
+            _launch("forward_kernel", tile, _cdiv(out_features, tile.out), x, offsets, weights, y)
+        return y if weights.bias is None else add_bias(y, offsets, weights.bias)
+
+    def backward(self, d_y: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor:
+        _check(d_y, offsets, weights, dim=2)
+        num_experts, in_features, out_features = weights.shape
+        if _goes_dense(d_y, num_experts, out_features):
+            return _grouped(d_y, unpack(weights.blocks, weights.scales, d_y.dtype), offsets)
+        d_x = d_y.new_empty(len(d_y), in_features)
+        tile = _tile(BACKWARD_TILES, d_y, num_experts)
+        _launch("backward_input_kernel", tile, _cdiv(in_features, tile.depth), d_y, offsets, weights, d_x)
+        return d_x
+
+    def swiglu(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        """In one pass, in float32 inside."""
+        assert gate_up.is_contiguous()
+        h = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        if h.numel():
+            grid = (_cdiv(h.numel(), PAIRS_PER_PROGRAM),)
+            with torch.cuda.device_of(gate_up):
+                _kernels().swiglu_kernel[grid](
+                    gate_up, h, h.numel(), float(alpha), float(limit), BLOCK=PAIRS_PER_PROGRAM
+                )
+        return h
+
+    def swiglu_backward(self, d_h: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        assert gate_up.is_contiguous()
+        assert gate_up.numel() == 2 * d_h.numel()
+        d_h, d_gate_up = d_h.contiguous(), torch.empty_like(gate_up)
+        if d_h.numel():
+            grid = (_cdiv(d_h.numel(), PAIRS_PER_PROGRAM),)
+            with torch.cuda.device_of(gate_up):
+                _kernels().swiglu_backward_kernel[grid](
+                    d_h, gate_up, d_gate_up, d_h.numel(), float(alpha), float(limit), BLOCK=PAIRS_PER_PROGRAM
+                )
+        return d_gate_up
+
+
+TRITON = Triton()
+
+
+def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense weights `[E, O, K]`, exactly as `mxfp4.unpack` gives them; bfloat16, float16 or float32."""
+    dense = torch.empty(*scales.shape[:-1], scales.shape[-1] * BLOCK, dtype=dtype, device=blocks.device)
+    if dense.numel():
+        grid = (_cdiv(scales.numel(), SCALES_PER_PROGRAM),)
+        with torch.cuda.device_of(blocks):
+            _kernels().unpack_kernel[grid](_words(blocks), scales, dense, scales.numel(), BLOCK_G=SCALES_PER_PROGRAM)
+    return dense
+
+
+@cache
+def _kernels() -> ModuleType:
+    """The Triton kernels, imported where they first run."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def _check(rows: Tensor, offsets: Tensor, weights: PackedWeights, *, dim: int) -> None:
+    """Assert that everything fits; `dim` is what of the weights the rows are summed over."""
+    blocks, scales = weights.blocks, weights.scales
+    assert blocks.shape == (*scales.shape, BLOCK // 2), (blocks.shape, scales.shape)
+    assert rows.shape[1:] == weights.shape[dim : dim + 1], (rows.shape, scales.shape)
+    assert offsets.shape == weights.shape[:1], (offsets.shape, scales.shape)
+    assert (rows.dtype in DTYPES, offsets.dtype, blocks.dtype, scales.dtype) == (True, torch.int32, *2 * [torch.uint8])
+    # A copy of the weights on every call would hide what packing is for.
+    assert all(x.is_contiguous() for x in (offsets, blocks, scales))
+
+
+def _words(blocks: Tensor) -> Tensor:
+    """Packed bytes as 32-bit words, without a copy."""
+    return blocks.view(torch.int32)
+
+
+def _tile(tiles: tuple[tuple[int | None, TileConfig], ...], rows: Tensor, num_experts: int) -> TileConfig:
+    if rows.dtype == torch.float32:
+        return FLOAT32_TILE
+    per_expert = len(rows) / max(1, num_experts)
+    return next(tile for max_rows, tile in tiles if max_rows is None or per_expert <= max_rows)
+
+
+def _launch(
+    name: str,
+    tile: TileConfig,
+    num_feature_tiles: int,
+    rows: Tensor,
+    offsets: Tensor,
+    weights: PackedWeights,
+    out: Tensor,
+) -> None:
+    num_experts, out_features, num_scales = weights.scales.shape
+    if not out.numel():
+        return
+    if not weights.scales.numel():
+        out.zero_()
+        return
+    # The rows of no expert are one group more. A group of n rows has at most (n + rows - 1) // rows tiles.
+    groups = min(num_experts + 1, len(rows))
+    num_row_tiles = (len(rows) + groups * (tile.rows - 1)) // tile.rows
+    with torch.cuda.device_of(rows):
+        getattr(_kernels(), name)[(num_row_tiles * num_feature_tiles,)](
+            rows.contiguous(),
+            offsets,
+            _words(weights.blocks),
+            weights.scales,
+            out,
+            len(rows),
+            num_experts,
+            out_features,
+            num_scales,
+            BLOCK_N=tile.rows,
+            BLOCK_O=tile.out,
+            BLOCK_K=tile.depth,
+            BLOCK_E=1 << num_experts.bit_length(),
+            GROUP=GROUP,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def _goes_dense(rows: Tensor, num_experts: int, out_features: int) -> bool:
+    """Whether torch's grouped product takes these rows, and there are enough of them."""
+    if rows.dtype != torch.bfloat16 or out_features % 8 or len(rows) < DENSE_ROWS_PER_EXPERT * max(1, num_experts):
+        return False
+    # On other GPUs it goes expert by expert, and waits for the GPU to learn their offsets.
+    return rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
+
+
+def _grouped(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Rows times the dense weights of their expert, `[N, A]` x `[E, A, B]`; zero for rows of no expert."""
+    out = functional.grouped_mm(rows.contiguous(), weights, offs=offsets)
+    # The product leaves the rows of no expert as it found them in memory.
+    orphans = torch.arange(len(rows), device=rows.device) >= offsets[-1]
+    return out.masked_fill_(orphans[:, None], 0)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
