@@ -145,7 +145,7 @@ class ModelMesh:
         place = zip(self.names_of(root), root.get_coordinate() or (), strict=True)
         return not any(number for axis, number in place if axis not in self)
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_from_first(self, value: Any) -> Any:
         """What the first rank of all gives; all of them must ask for it."""
         root, values = root_of(self.mesh), [value]
         for axis in self.names_of(root):

@@ -115,7 +115,7 @@ def save_pretrained(
             problem, failed = f"{type(error).__name__}: {error}", error
     for _ in tensors:  # the others', and what is left after a failure
         pass
-    problem = mesh.from_first(problem)
+    problem = mesh.broadcast_from_first(problem)
     if failed:
         raise failed
     if problem:

@@ -59,11 +59,10 @@ def test_greedy_is_generate(name: str, serve: Serve, prompts: Prompts, expected:
 
 def test_generate_would_notice_other_pages(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
     batcher = serve()
-    runner = batcher._stepper.engine.runner
-    runner.tables.pages = runner.tables.pages.new_full(runner.tables.pages.shape, 1)
-    wrong = batcher._stepper.engine.runner.tables
+    wrong = batcher._stepper.engine.runner.memory
+    wrong.block_tables = wrong.block_tables.new_full(wrong.block_tables.shape, 1)
     told = type(wrong).inputs
-    wrong.inputs = lambda batch: told(wrong, type(batch)(batch.decoding, batch.chunks, batch.last, ((), ())))
+    wrong.inputs = lambda batch: told(wrong, batch._replace(new_pages=[]))
     assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) != expected
 
 
