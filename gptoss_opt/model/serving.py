@@ -60,12 +60,6 @@ def reads_pages(model: nn.Module) -> bool:
     return str(cast(Any, model).config._attn_implementation).startswith(KEY.format(""))
 
 
-def check_reads_pages(model: nn.Module) -> None:
-    """Raise `ValueError` if attention reads no pages."""
-    if not reads_pages(model):
-        raise ValueError("attention reads no pages: with_flash_attention was taken off a model that is served.")
-
-
 def kinds_of_layers(model: nn.Module) -> dict[str, tuple[tuple[int, ...], int | None]]:
     """The numbers of the layers of each kind, and their window (None: they see all)."""
     found: dict[str, list[Any]] = {}
@@ -120,17 +114,7 @@ def why_not_captured(model: nn.Module) -> str | None:
 def packed_forward(
     model: nn.Module, tokens: Tensor, positions: Tensor, paged: dict[str, Paged], last: Tensor
 ) -> Tensor:
-    """One forward of packed tokens.
-
-    Args:
-        model: with attention that reads pages.
-        tokens, positions: int64 [T].
-        paged: by kind of layer, which keys the tokens see.
-        last: int64 [S], the tokens after which logits are wanted.
-
-    Returns:
-        The logits [S, V].
-    """
+    """The logits [S, V] after `last` [S], of the packed tokens [T]. `paged` says what they see, by kind of layer."""
     out = model(
         input_ids=tokens[None],
         position_ids=positions[None],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +10,12 @@ from torch import Tensor
 
 from ..distributed import ModelMesh
 from .batch import Batch
-from .request import GenerationError, Request
+from .request import Decode, GenerationError, Request
 from .runner import Runner
 from .sampler import Draw, Drawn, draw
 from .scheduler import Scheduler
 from .sequence import SequenceState
 from .stats import Counts, Stats, percentiles
-
-NOTHING = "nothing to do"
-"""Sent to the other ranks now and then, so that none gives up waiting."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,8 @@ class Engine:
             return False
         started = time.perf_counter()
         batch = Batch.of(works)
-        logits = self._run(batch)
+        self.tell(batch)
+        logits = self._compute(batch)
         num_prompt_tokens = 0
         sampled: list[SequenceState] = []
         rows: list[int] = []
@@ -111,10 +108,6 @@ class Engine:
             request.end("error", error)
         self.scheduler.clear()
 
-    def free(self) -> None:
-        """Give the memory of the pages back. Nothing can be computed after."""
-        self.runner.free()
-
     def stats(self) -> Stats:
         """The numbers of the work so far."""
         scheduler, pages, counts = self.scheduler, self.scheduler.cache.pages, self.counts
@@ -139,16 +132,13 @@ class Engine:
             time_between_tokens=percentiles(tuple(counts.between)),
         )
 
-    def idle(self) -> None:
-        """Tell the other ranks that there is nothing to do."""
-        self._tell(NOTHING)
-
-    def dismiss(self, answer: Answer) -> None:
-        """Let the other ranks return from `follow`, with an answer."""
-        self._tell(answer)
+    def tell(self, said: Batch | Answer | None) -> None:
+        """Let the other ranks, which `follow`, compute a batch, or return an answer; or, with None, go on waiting."""
+        if self.mesh is not None and self._meets:
+            self.mesh.broadcast_from_first(said)
 
     def follow(self) -> Answer:
-        """On another rank than the first: compute what the first says, until it dismisses this one."""
+        """On another rank than the first: compute what the first says, until it gives an answer."""
         assert self.mesh is not None
         while True:
             said = self.mesh.broadcast_from_first(None)
@@ -157,20 +147,12 @@ class Engine:
             if isinstance(said, Batch):
                 self._compute(said)
 
-    def _run(self, batch: Batch) -> Tensor:
-        self._tell(batch)
-        return self._compute(batch)
-
     def _compute(self, batch: Batch) -> Tensor:
         # If it fails on one rank, the others wait within it: nothing more can be said to them.
         met, self._meets = self._meets, False
         logits = self.runner.run(batch)
         self._meets = met
         return logits
-
-    def _tell(self, said: Any) -> None:
-        if self.mesh is not None and self._meets:
-            self.mesh.broadcast_from_first(said)
 
     def _draw_of(self, sequence: SequenceState) -> Draw:
         request = self.requests[sequence]
@@ -219,7 +201,7 @@ class Engine:
         self.counts.finished += 1
 
 
-def _holds_at_the_end(strings: tuple[str, ...], tokens: list[int], decode: Callable[[list[int]], str]) -> bool:
+def _holds_at_the_end(strings: tuple[str, ...], tokens: list[int], decode: Decode) -> bool:
     """Whether the text of the last tokens holds one of some strings."""
     # As a rule a token is a byte of text at least; those that are none must not push the beginning out of sight.
     longest = count = max(len(one.encode()) for one in strings) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -71,64 +71,43 @@ class PagedMemory:
 
     def inputs(self, batch: Batch) -> Inputs:
         """A batch as tensors, sent to the device at once; its new pages are put into the block tables first."""
-        positions: list[int] = []
-        token_rows: list[int] = []
-        write_from: list[int] = []
+        numbers: list[int] = []
+        span_numbers: list[int] = []
         chunks: list[Chunk] = []
-        for span in batch.spans:
-            begin, count = len(positions), span.end - span.start
-            positions += range(span.start, span.end)
-            token_rows += [span.row] * count
-            write_from += [span.write_from] * count
+        for n, span in enumerate(batch.spans):
+            begin, count = len(numbers), span.end - span.start
+            numbers += range(span.start, span.end)
+            span_numbers += [n] * count
             if count > 1:
                 chunks.append(Chunk(begin, begin + count, span.end, span.first))
-        rows, _, ends, firsts, _ = zip(*batch.spans, strict=True)
-        sent = self._sent(
-            tokens=batch.tokens,
-            positions=positions,
-            token_rows=token_rows,
-            write_from=write_from,
-            rows=rows,
-            ends=ends,
-            firsts=firsts,
-            last=batch.last,
-            new_pages=[*chain.from_iterable(batch.new_pages)],
+        tokens, positions, span_of, spans, last, new_pages = self._sent(
+            batch.tokens, numbers, span_numbers, _flat(batch.spans), batch.last, _flat(batch.new_pages)
         )
-        group_numbers, new_rows, new_places, new_pages = sent["new_pages"].view(-1, 4).unbind(1)
-        self.block_tables[group_numbers, new_rows, new_places] = new_pages.int()
-        numbers, places = sent["positions"] // self.page_size, sent["positions"] % self.page_size
-        context_starts, context_lens = sent["firsts"].int(), sent["ends"].int()
-        width = -(-max(ends) // self.page_size)
+        rows, _, ends, firsts, write_from = spans.view(-1, 5).unbind(1)
+        g, row, place, page = new_pages.view(-1, 4).unbind(1)
+        self.block_tables[g, row, place] = page.int()
+        token_rows, page_numbers, places = rows[span_of], positions // self.page_size, positions % self.page_size
+        kept = positions >= write_from[span_of]
+        width = -(-max([span.end for span in batch.spans]) // self.page_size)
+        context_starts, context_lens = firsts.int(), ends.int()
         blocks = blocks_for(self.backend, context_lens, chunks, self.shape.group_size)
         paged = {}
-        for tables, group in zip(self.block_tables, self.groups, strict=True):
-            pages, starts, seen = tables[sent["token_rows"], numbers].long(), context_starts, chunks
+        for group, tables in zip(self.groups, self.block_tables, strict=True):
+            pages, block_table = tables[token_rows, page_numbers].long(), tables[rows, :width]
+            starts, seen = context_starts, chunks
             if group.window is None:
-                pages = torch.where(sent["positions"] >= sent["write_from"], pages, NOWHERE)
-                starts, seen = torch.zeros_like(starts), [chunk._replace(first=0) for chunk in chunks]
-            paged[group.kind] = Paged(
-                self.keys,
-                self.values,
-                pages,
-                places,
-                tables[sent["rows"], :width],
-                starts,
-                context_lens,
-                tuple(seen),
-                self.backend,
-                blocks,
-            )
-        return Inputs(sent["tokens"], sent["positions"], paged, sent["last"])
+                pages, starts = torch.where(kept, pages, NOWHERE), torch.zeros_like(starts)
+                seen = [chunk._replace(first=0) for chunk in chunks]
+            where = pages, places, block_table, starts, context_lens
+            paged[group.kind] = Paged(self.keys, self.values, *where, tuple(seen), self.backend, blocks)
+        return Inputs(tokens, positions, paged, last)
 
-    def free(self) -> None:
-        """Give the memory of the pages back, also where somebody still holds what read them."""
-        self.keys.clear()
-        self.values.clear()
-
-    def _sent(self, **columns: Sequence[int]) -> dict[str, Tensor]:
+    def _sent(self, *columns: Sequence[int]) -> tuple[Tensor, ...]:
         """Lists of numbers as int64 tensors on the device, by one transfer."""
         device = self.block_tables.device
-        flat = [*chain.from_iterable(columns.values())]
-        numbers = torch.tensor(flat, dtype=torch.int64, pin_memory=device.type == "cuda")
-        parts = torch.split(numbers.to(device, non_blocking=True), [*map(len, columns.values())])
-        return dict(zip(columns, parts, strict=True))
+        numbers = torch.tensor(_flat(columns), dtype=torch.int64, pin_memory=device.type == "cuda")
+        return torch.split(numbers.to(device, non_blocking=True), [*map(len, columns)])
+
+
+def _flat(rows: Iterable[Iterable[int]]) -> list[int]:
+    return [*chain.from_iterable(rows)]

@@ -13,6 +13,8 @@ from .options import Options
 from .sampler import Drawn
 from .sequence import SequenceState
 
+Decode = Callable[[list[int]], str]
+
 
 class Logprobs(NamedTuple):
     """The log-probabilities of one token, and of those that were likeliest in its place.
@@ -64,12 +66,7 @@ class Request:
     """
 
     def __init__(
-        self,
-        prompt: list[int],
-        options: Options,
-        completion: int,
-        step: Callable[[], bool],
-        decode: Callable[[list[int]], str] | None,
+        self, prompt: list[int], options: Options, completion: int, step: Callable[[], bool], decode: Decode | None
     ) -> None:
         self.prompt, self.options, self.completion, self.decode = prompt, options, completion, decode
         self.sequence = SequenceState(list(prompt), len(prompt))

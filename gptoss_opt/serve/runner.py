@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..model.serving import check_reads_pages, packed_forward
+from ..model.serving import packed_forward, reads_pages
 from .batch import Batch
 from .graphs import DecodeGraphs, Run
 from .inputs import Inputs, PagedMemory
@@ -30,7 +30,8 @@ class Runner:
     @torch.no_grad()
     def run(self, batch: Batch) -> Tensor:
         """The logits [S, V] after the tokens `batch.last`."""
-        check_reads_pages(self.model)
+        if not reads_pages(self.model):
+            raise ValueError("attention reads no pages: with_flash_attention was taken off a model that is served.")
         inputs = self.memory.inputs(batch)
         if self.graphs is not None and len(batch.tokens) == len(batch.spans):
             return self.graphs.run(inputs)
@@ -41,6 +42,7 @@ class Runner:
         return packed_forward(self.model, *inputs)
 
     def free(self) -> None:
-        """Give the memory of the pages back. Nothing can be computed after."""
-        self.memory.free()
+        """Give the memory of the pages back, whoever still holds the runner. Nothing can be computed after."""
+        self.memory.keys.clear()
+        self.memory.values.clear()
         self.graphs = None

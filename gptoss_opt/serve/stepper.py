@@ -92,7 +92,7 @@ class Stepper:
             raise
         finally:
             if not self.in_background:
-                self.engine.dismiss(answer)
+                self.engine.tell(answer)
 
     def follow(self) -> list[Any]:
         """Compute what the first rank says until its call ends; return what that returns, or raise what it raises."""
@@ -124,12 +124,12 @@ class Stepper:
             pass
         failed = self.closed
         self._fail(error)
-        self.engine.free()
+        self.engine.runner.free()
         if thread is not None:
             thread.join()
             self._thread = None
             if self.leads:
-                self.engine.dismiss(Answer())
+                self.engine.tell(Answer())
             elif failed is not None:
                 self.check_open()
 
@@ -178,7 +178,7 @@ class Stepper:
                     break
                 in_vain = not self._news.wait(HEARTBEAT)
             if in_vain:
-                self.engine.idle()
+                self.engine.tell(None)
 
     def _follow(self) -> None:
         try:

@@ -122,6 +122,7 @@ class Machine:
                 oldest = cache.groups[g].oldest_seen(t)
                 if window is not None and self.broken != "forgets first":
                     oldest = max(oldest, sequence.first)
+                assert NOWHERE not in table[oldest // size : t // size + 1], "a key is looked for where none is kept"
                 seen = [self.memory.get((table[s // size], s % size, n), GARBAGE) for s in range(oldest, t + 1)]
                 outputs[t] = mixed(hidden[t], *seen)
             hidden = outputs

@@ -107,13 +107,32 @@ def test_the_last_window_is_built_anew_where_only_full_pages_are_left() -> None:
     assert one.scheduler.num_shared == 20
 
 
-@pytest.mark.parametrize("broken", ["writes shared"])
-def test_the_model_of_numbers_notices(broken: str) -> None:
-    one, prefix = rebuilding(broken)
+def test_the_model_of_numbers_notices_writes_to_shared_pages() -> None:
+    one, prefix = rebuilding("writes shared")
     run(one, [(0, [*prefix, 2, 3], 5)])
     # The second user of the pages reads what the first has spoiled.
     (sequence,) = run(one, [(0, [*prefix, 4], 5)])
     assert sequence.generated != expected([*prefix, 4], 5, "sfs", 3)
+
+
+def test_the_model_of_numbers_notices_reads_of_keys_that_are_not_there() -> None:
+    one, prefix = rebuilding("forgets first")
+    with pytest.raises(AssertionError, match="a key is looked for where none is kept"):
+        run(one, [(0, [*prefix, 2, 3], 5)])
+
+
+def test_what_is_built_anew_is_shared_only_where_it_is_right() -> None:
+    one, prefix = rebuilding()
+    run(one, [(0, [*prefix, 2, 3], 5)])
+    # It began at token 20, and the keys of the upper sliding layer are right from token 22 on. Whoever goes on there
+    # sees tokens 20 and 21, too, and must compute them from further back.
+    other = [*prefix[:22], (prefix[22] + 1) % VOCABULARY, 5]
+    (sequence,) = run(one, [(0, other, 5)])
+    assert sequence.generated == expected(other, 5, "sfs", 3)
+    # What is right is used: the window before token 24.
+    one.scheduler.num_shared = 0
+    run(one, [(0, [*prefix, 4], 5)])
+    assert one.scheduler.num_shared == 24
 
 
 def test_the_depth_that_is_rebuilt_is_the_least_that_will_do() -> None:
@@ -166,6 +185,14 @@ def test_the_oldest_goes_first_when_pages_run_out() -> None:
     assert one.scheduler.num_preemptions
     assert len(second.tokens) < second.max_tokens
     assert second in one.scheduler.waiting
+
+
+def test_nobody_begins_with_a_page_that_another_needs_soon() -> None:
+    one = Machine.of("f", 1, num_pages=3, page_size=2, rows=2, budget=16)
+    first, second = run(one, [(0, [1, 2, 3], 3), (1, [4, 5], 3)])
+    assert one.scheduler.num_preemptions == 0
+    assert first.generated == expected([1, 2, 3], 3, "f", 1)
+    assert second.generated == expected([4, 5], 3, "f", 1)
 
 
 def test_what_never_fits_is_told_with_the_numbers() -> None:

@@ -30,13 +30,7 @@ def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def blocks_for(backend: str, context_lens: Tensor, chunks: Sequence[Chunk], group_size: int) -> Blocks | None:
-    """What goes into `Paged.blocks`: what a backend works out once for all layers of a step.
-
-    Args:
-        backend: the name of one of `BACKENDS`.
-        context_lens, chunks: as in `Paged`.
-        group_size: how many query heads share a key/value head.
-    """
+    """What a backend works out once for all layers of a step, for `Paged.blocks`; `group_size` heads share a key."""
     return native.blocks_of(context_lens, chunks, group_size) if backend == "native" else None
 
 

@@ -64,14 +64,7 @@ def attend(
     assert blocks.is_contiguous()
     out = torch.empty_like(q)
     arguments = native.PagedArguments(
-        q.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        sinks.data_ptr(),
-        block_table.data_ptr(),
-        context_starts.data_ptr(),
-        blocks.data_ptr(),
-        out.data_ptr(),
+        *map(Tensor.data_ptr, (q, keys, values, sinks, block_table, context_starts, blocks, out)),
         num_heads,
         num_kv_heads,
         dim,
