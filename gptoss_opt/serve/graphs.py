@@ -71,8 +71,7 @@ def _rounded_up(number: int) -> int:
 
 
 ROWS = {"pages": NOWHERE, "places": 0, "context_starts": 0, "context_lens": 1}
-"""The fields of `Paged` that have a number for each row, and what it is where the row is padding: a sequence of one
-token, kept nowhere."""
+"""The fields of `Paged` by row, with their values in a row of padding: a sequence of one token, kept nowhere."""
 
 
 def _padding(like: Inputs, num_rows: int, width: int) -> Inputs:

@@ -141,8 +141,7 @@ class Options:
         logprobs: int | None = None,
         **fields: Any,
     ) -> Options:
-        """The options for a prompt of `prompt_length` tokens: `fields` are heard before `config`, and that before
-        `of_model`, the model's own config.
+        """The options for a prompt of `prompt_length` tokens: `fields` go before `config`, and that before `of_model`.
 
         Raises:
             ValueError: a field has no such value, or is not implemented; the message names it.

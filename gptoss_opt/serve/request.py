@@ -86,7 +86,7 @@ class Request:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether no more tokens will come."""
         return self.finish_reason is not None
 
     def cancel(self) -> None:

@@ -91,8 +91,7 @@ def _plain(one: Draw) -> bool:
 
 
 def _shape(scores: Tensor, one: Draw) -> None:
-    """Change the scores [V] of a sequence by its repetition penalty (Keskar et al. 2019, CTRL, section 4.1) and its
-    `min_new_tokens`."""
+    """Apply a repetition penalty (Keskar et al. 2019, CTRL, section 4.1) and `min_new_tokens` to the scores [V]."""
     if penalty := one.options.sampling.repetition_penalty:
         seen = torch.tensor(sorted(set(one.tokens)), device=scores.device)
         values = scores[seen]

@@ -69,7 +69,7 @@ class Paged(NamedTuple):
 
     @property
     def decoding(self) -> Paged:
-        """The decoding sequences alone."""
+        """The same without the chunks: the decoding sequences alone."""
         if not self.chunks:
             return self
         rows = slice(len(self.block_table) - len(self.chunks))
