@@ -30,10 +30,7 @@ def build_engine(
     share_prefixes: bool,
     cuda_graphs: bool,
 ) -> Engine:
-    """The engine that serves a model; the options are those of `ContinuousBatcher`.
-
-    Raises `ValueError` if `kv_memory` is too little for a page of each kind of layer.
-    """
+    """The engine of a `ContinuousBatcher`. Raises `ValueError` if `kv_memory` is less than a page per kind of layer."""
     groups = tuple(Group(kind, *found) for kind, found in serving.kinds_of_layers(model).items())
     shape, mesh, max_tokens = serving.key_shape(model), serving.model_mesh(model), serving.max_tokens(model)
     bytes_of_page = page_size * shape.num_bytes * max(len(group.layers) for group in groups)
@@ -80,11 +77,7 @@ def _left_by_a_step(runner: Runner, num_tokens: int, num_sampled: int) -> int:
     """How many bytes are free on the GPU while a step computes `num_tokens` and samples after `num_sampled` of them."""
     memory = runner.memory
     device, num_pages = memory.block_tables.device, -(-num_tokens // memory.page_size)
-    new_pages = [
-        (group, 0, place, 1 + group * num_pages + place)
-        for group in range(len(memory.groups))
-        for place in range(num_pages)
-    ]
+    new_pages = [(g, 0, n, 1 + g * num_pages + n) for g in range(len(memory.groups)) for n in range(num_pages)]
     span = Span(row=0, start=0, end=num_tokens, first=0, write_from=0)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

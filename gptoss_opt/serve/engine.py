@@ -77,21 +77,14 @@ class Engine:
         batch = Batch.of(works)
         self.tell(batch)
         logits = self._compute(batch)
-        num_prompt_tokens = 0
-        sampled: list[SequenceState] = []
-        rows: list[int] = []
+        in_prompts = [one for one in works if one.sequence.num_computed < one.sequence.prompt_length]
+        num_prompt_tokens = sum([one.num_tokens for one in in_prompts])
+        rows = [row for row, work in enumerate(works) if work.num_tokens == work.sequence.remaining]
+        sampled = [works[row].sequence for row in rows]
         # Of a prompt that goes on nothing is sampled, but its logits tell whether what was computed is finite.
-        other_rows: list[int] = []
-        for row, (sequence, num_tokens) in enumerate(works):
-            if sequence.num_computed < sequence.prompt_length:
-                num_prompt_tokens += num_tokens
-            if num_tokens == sequence.remaining:
-                sampled.append(sequence)
-                rows.append(row)
-            else:
-                other_rows.append(row)
-        drawn = draw(logits[rows] if other_rows else logits, [*map(self._draw_of, sampled)])
-        if None in [one.token for one in drawn] or (other_rows and not bool(logits[other_rows].isfinite().all())):
+        rest = sorted(set(range(len(works))).difference(rows))
+        drawn = draw(logits[rows] if rest else logits, [*map(self._draw_of, sampled)])
+        if None in [one.token for one in drawn] or (rest and not bool(logits[rest].isfinite().all())):
             # It may have got into pages of tokens before it, too, and those may be shared already.
             self.scheduler.cache.forget(self.scheduler.running)
         for sequence, num_tokens in works:
