@@ -20,13 +20,12 @@ from ..core import Journal
 from ..kernels.attention import (
     BACKENDS,
     AttentionRequest,
-    Paged,
     Visible,
     attention,
-    paged_attention,
     starts_from_cu_seq_lens,
     starts_from_positions,
 )
+from ..kernels.paged_attention import Paged, paged_attention
 from .host import config_paths
 from .modules import decoder_path
 

@@ -1,8 +1,8 @@
-"""How a GPT-OSS model is run for serving: its layers by kind, the shape of its keys, and a packed forward."""
+"""How a GPT-OSS model is served: its layers by kind, the shape of its keys, and a packed forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,28 +12,35 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..core import mesh_of
 from ..distributed import ModelMesh
-from ..kernels.attention import Paged
+from ..kernels.paged_attention import Paged
 from .attention import KEY
 from .host import GPT_OSS
 
 
 @dataclass(frozen=True)
 class KeyShape:
-    """The keys of one token in one layer, as this rank holds them; values are alike."""
+    """The keys of one token in one layer, as this rank holds them; values are alike.
+
+    Attributes:
+        num_heads: how many key heads there are.
+        group_size: how many query heads share a key head.
+        head_dim, dtype, device: those of the keys.
+    """
 
     num_heads: int
+    group_size: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
 
     @property
     def num_bytes(self) -> int:
-        """Of keys and values together."""
+        """What keys and values take together."""
         return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
 
 
 def why_not_served(model: nn.Module) -> Iterator[str]:
-    """What stands in the way of serving this model."""
+    """The reasons why this model cannot be served."""
     if reason := GPT_OSS.why_not(model):
         yield reason
         return
@@ -53,14 +60,8 @@ def reads_pages(model: nn.Module) -> bool:
     return str(cast(Any, model).config._attn_implementation).startswith(KEY.format(""))
 
 
-def check_reads_pages(model: nn.Module) -> None:
-    """Raise `ValueError` if attention reads no pages."""
-    if not reads_pages(model):
-        raise ValueError("attention reads no pages: with_flash_attention was taken off a model that is served.")
-
-
 def kinds_of_layers(model: nn.Module) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """By kind of layer: their numbers, and their window."""
+    """The numbers of the layers of each kind, and their window (None: they see all)."""
     found: dict[str, list[Any]] = {}
     for layer in cast(Any, model).base_model.layers:
         found.setdefault(layer.self_attn.layer_type, []).append(layer.self_attn)
@@ -74,21 +75,22 @@ def key_shape(model: nn.Module) -> KeyShape:
     mesh = mesh_of(model)
     if mesh is not None and mesh.holds(weight):
         weight = mesh.local(weight)
-    return KeyShape(weight.shape[0] // attention.head_dim, attention.head_dim, weight.dtype, weight.device)
+    num_heads = weight.shape[0] // attention.head_dim
+    return KeyShape(num_heads, attention.num_key_value_groups, attention.head_dim, weight.dtype, weight.device)
 
 
-def most_tokens(model: nn.Module) -> int:
+def max_tokens(model: nn.Module) -> int:
     """How many tokens a sequence may have."""
     return int(cast(PreTrainedModel, model).config.max_position_embeddings)
 
 
-def vocabulary_of(model: nn.Module) -> int:
+def vocab_size(model: nn.Module) -> int:
     """How many token ids there are."""
     return int(cast(PreTrainedModel, model).config.vocab_size)
 
 
 def generation_config_of(model: nn.Module) -> GenerationConfig:
-    """What the model says of how it generates."""
+    """The generation config of the model's own, which fills up what a request leaves open."""
     return cast(GenerationConfig, cast(Any, model).generation_config)
 
 
@@ -110,15 +112,14 @@ def why_not_captured(model: nn.Module) -> str | None:
 
 
 def packed_forward(
-    model: nn.Module, tokens: Tensor, positions: Tensor, paged: Mapping[str, Paged], last: Tensor
+    model: nn.Module, tokens: Tensor, positions: Tensor, paged: dict[str, Paged], last: Tensor
 ) -> Tensor:
-    """The logits [S, V] after the packed tokens `last` [S], of tokens and positions [T], by kind of layer."""
-    masks = dict(paged)
+    """The logits [S, V] after `last` [S], of the packed tokens [T]. `paged` says what they see, by kind of layer."""
     out = model(
         input_ids=tokens[None],
         position_ids=positions[None],
-        # A mapping by kind is handed to the layers as it is.
-        attention_mask=masks,
+        # A dict by kind is handed to the layers as it is.
+        attention_mask=paged,
         use_cache=False,
         logits_to_keep=last,
     )

@@ -2,73 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Works
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from .scheduler import Work
 
 
-@dataclass(frozen=True)
-class Part:
+class Span(NamedTuple):
     """Consecutive tokens of one sequence.
 
     Attributes:
-        row: of the sequence, in the tables.
-        start: the number of the first of them.
-        tokens: their ids.
-        first: the first token whose keys sliding layers have.
-        write_from: the first token whose keys full layers keep.
+        row: the row of the sequence in the block tables.
+        start, end: the tokens from number `start` up to `end`.
+        first, write_from: as in `SequenceState`.
     """
 
     row: int
     start: int
-    tokens: tuple[int, ...]
+    end: int
     first: int
     write_from: int
 
-    @property
-    def end(self) -> int:
-        """One past the last."""
-        return self.start + len(self.tokens)
 
-
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The tokens of one step, packed end to end.
 
     Attributes:
-        decoding: sequences of which one token is computed: they come first.
-        chunks: the others.
-        last: of each of them, the last of the packed tokens: after these, logits are wanted.
-        pages: by group, what is new in the tables: (row, place in the row, page).
+        tokens: the ids.
+        spans: which tokens of which sequence they are; those of one token (sequences that decode) come first.
+        last: the places among the packed tokens after which logits are wanted: the last of each span.
+        new_pages: what is new in the block tables: (group, row, place in the row, page).
     """
 
-    decoding: tuple[Part, ...]
-    chunks: tuple[Part, ...]
-    last: tuple[int, ...]
-    pages: tuple[tuple[tuple[int, int, int], ...], ...]
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """All of them, in the order they are packed."""
-        return self.decoding + self.chunks
+    tokens: list[int]
+    spans: list[Span]
+    last: list[int]
+    new_pages: list[tuple[int, int, int, int]]
 
     @classmethod
-    def of(cls, works: Works[Work], num_groups: int) -> Batch:
-        """What is to be done, the decoding sequences first. The tables' new pages are taken as told."""
-        decoding: list[Part] = []
-        chunks: list[Part] = []
-        last: list[int] = []
-        pages: list[list[tuple[int, int, int]]] = [[] for _ in range(num_groups)]
-        num_tokens = 0
+    def of(cls, works: Sequence[Work]) -> Batch:
+        """The batch that computes `works`. From now on, the new pages of their sequences count as told."""
+        batch = cls([], [], [], [])
         for sequence, count in works:
-            start, row = sequence.num_computed, sequence.row
-            tokens = tuple(sequence.tokens[start : start + count])
-            part = Part(row, start, tokens, sequence.first, sequence.write_from)
-            (decoding if count == 1 else chunks).append(part)
-            num_tokens += count
-            last.append(num_tokens - 1)
-            for new, table, told in zip(pages, sequence.tables, sequence.num_told, strict=True):
-                new.extend((row, place, table[place]) for place in range(told, len(table)))
-            sequence.num_told = [len(table) for table in sequence.tables]
-        return cls(tuple(decoding), tuple(chunks), tuple(last), tuple(map(tuple, pages)))
+            start, end, row = sequence.num_computed, sequence.num_computed + count, sequence.row
+            batch.tokens.extend(sequence.tokens[start:end])
+            batch.spans.append(Span(row, start, end, sequence.first, sequence.write_from))
+            batch.last.append(len(batch.tokens) - 1)
+            for group, table in enumerate(sequence.block_tables):
+                for place in range(sequence.num_told[group], len(table)):
+                    batch.new_pages.append((group, row, place, table[place]))
+                sequence.num_told[group] = len(table)
+        return batch

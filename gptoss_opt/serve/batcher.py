@@ -14,10 +14,10 @@ from ..core import CompatibilityError
 from ..model import serving
 from . import served
 from .build import build_engine
-from .prompts import Limits, Prompt
+from .prompts import Prompt, RequestBuilder
 from .request import GenerationError, Request
 from .stats import Stats
-from .stepper import Decode, Stepper
+from .stepper import Stepper
 
 
 class ContinuousBatcher:
@@ -34,16 +34,16 @@ class ContinuousBatcher:
         model: a GptOssForCausalLM.
         max_num_sequences: how many are generated at once; others wait in the order they came.
         max_batch_tokens: how many tokens one forward computes.
-        kv_memory: bytes for keys and values on this rank, or "auto": on a GPU nine tenths of what a full step leaves
-            free; on a CPU what is needed at most, up to half of what is free.
-        page_size: tokens that share a page.
-        share_prefixes: whether prompts use what others have computed.
+        kv_memory: how many bytes keys and values may take on this rank, or "auto": on a GPU nine tenths of what a full
+            step leaves free; on a CPU what is needed at most, up to half of what is free.
+        page_size: how many tokens share a page.
+        share_prefixes: whether prompts that begin alike use the same pages.
         cuda_graphs: whether steps on a GPU in which all sequences decode are captured once and replayed; `stats` says
             whether they are, or why not.
 
     Raises:
         CompatibilityError: the model cannot be served, and why.
-        ValueError: an option that makes no sense.
+        ValueError: an option makes no sense.
 
     Example:
         >>> batcher = ContinuousBatcher(model, max_num_sequences=4)
@@ -70,7 +70,7 @@ class ContinuousBatcher:
         if problems := [f"ContinuousBatcher: {reason}" for reason in serving.why_not_served(model)]:
             raise CompatibilityError(problems)
         self.model = model
-        served.take(model, self)
+        served.acquire(model, self)
         try:
             engine = build_engine(
                 model,
@@ -82,14 +82,15 @@ class ContinuousBatcher:
                 cuda_graphs=cuda_graphs,
             )
         except BaseException:
-            served.let_go(model, self)
+            served.release(model, self)
             raise
         self._stepper = Stepper(engine)
-        self._limits = Limits(
-            serving.vocabulary_of(model),
-            serving.most_tokens(model),
+        self._builder = RequestBuilder(
+            serving.vocab_size(model),
+            serving.max_tokens(model),
             engine.scheduler.why_never,
             serving.generation_config_of(model),
+            self._stepper.step,
         )
 
     def generate(
@@ -106,7 +107,7 @@ class ContinuousBatcher:
 
         Args:
             prompts: lists of token ids; or texts, with a tokenizer.
-            generation_config: for all prompts, or one for each. What it leaves open, `model.generation_config` says.
+            generation_config: one for all prompts, or one for each. `model.generation_config` says what it leaves open.
             tokenizer: makes ids of texts, and texts of what is generated.
             progress: whether to show a bar.
             return_exceptions: put the error of a prompt in its place, instead of raising it.
@@ -146,13 +147,13 @@ class ContinuousBatcher:
 
         Args:
             prompt: token ids; or a text, with a tokenizer.
-            generation_config: what it leaves open, `model.generation_config` says.
-            tokenizer: for texts and stop strings.
-            seed: of the draws. The same seed gives the same tokens, whatever else is computed beside them; without one
-                it is drawn from torch's random numbers.
-            stop_token_ids: end it, beside `eos_token_id`.
-            logprobs: of how many of the likeliest tokens to give log-probabilities, beside the chosen one's.
-            options: fields of `GenerationConfig`, before those of `generation_config`: `max_new_tokens`, `do_sample`,
+            generation_config: `model.generation_config` says what it leaves open.
+            tokenizer: makes ids of a text, and is needed for stop strings.
+            seed: the seed of the draws. The same seed gives the same tokens, whatever is computed beside them; without
+                one it is drawn from torch's random numbers.
+            stop_token_ids: ids that end the completion, beside `eos_token_id`.
+            logprobs: for how many of the likeliest tokens to give log-probabilities, beside the chosen one's.
+            options: fields of `GenerationConfig`, heard before `generation_config`: `max_new_tokens`, `do_sample`,
                 `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens`, `eos_token_id`,
                 `stop_strings`, `num_return_sequences`. A temperature, top-k, top-p or min-p turns sampling on; an
                 `eos_token_id` of -1 lets nothing end it but its length.
@@ -174,8 +175,8 @@ class ContinuousBatcher:
                 "several ranks hold the model: submit inside `with batcher:`, which each of them enters."
             )
         options |= {"seed": seed, "stop_token_ids": stop_token_ids, "logprobs": logprobs}
-        requests = self._limits.requests(prompt, generation_config, tokenizer, options, stepper.step)
-        stepper.send(requests, _decode_of(tokenizer))
+        requests = self._builder.build(prompt, generation_config, tokenizer, options)
+        stepper.send(requests)
         return requests[0]
 
     def step(self) -> bool:
@@ -183,15 +184,15 @@ class ContinuousBatcher:
         return self._stepper.step()
 
     def clear_prefixes(self) -> None:
-        """Use nothing again of what was computed until now. To be called after the weights have changed."""
+        """Let no prompt use what was computed until now. To be called after the weights have changed."""
         self._stepper.forget()
 
     def stats(self) -> Stats:
-        """The work so far. Prints as a table."""
+        """The numbers of the work so far. They print as a table."""
         return self._stepper.engine.stats()
 
     def close(self) -> None:
-        """End what goes on, with an error, and leave the model as it was. To close again does nothing."""
+        """End what goes on, with an error, and leave the model as it was. A second call does nothing."""
         self._close(wait=False)
 
     def __enter__(self) -> ContinuousBatcher:
@@ -210,7 +211,7 @@ class ContinuousBatcher:
         try:
             self._stepper.close(GenerationError("the batcher was closed"), wait=wait)
         finally:
-            served.let_go(self.model, self)
+            served.release(self.model, self)
 
     def _generate(
         self,
@@ -235,7 +236,7 @@ class ContinuousBatcher:
                 raise made[-1][0]
         requests = [request for some in made for request in some if isinstance(request, Request)]
         try:
-            self._stepper.send(requests, _decode_of(tokenizer))
+            self._stepper.send(requests)
             self._watch(requests, progress)
         finally:
             for request in requests:
@@ -251,17 +252,17 @@ class ContinuousBatcher:
     def _requests_or_errors(
         self, number: int, prompt: Prompt, config: GenerationConfig | None, tokenizer: Any, options: dict[str, Any]
     ) -> list[Request] | list[ValueError]:
-        """The requests of a prompt, or as many times what is wrong with it."""
+        """The requests of a prompt; if it is refused, as many times the error that says why."""
         try:
-            return self._limits.requests(prompt, config, tokenizer, options, self._stepper.step)
+            return self._builder.build(prompt, config, tokenizer, options)
         except ValueError as error:
-            configs = (config, self._limits.of_model)
+            configs = (config, self._builder.generation_config)
             asked = [options.get("num_return_sequences"), *(getattr(c, "num_return_sequences", None) for c in configs)]
             several = next((one for one in asked if one is not None), 1)
             return [ValueError(f"prompt {number}: {error}")] * (max(1, several) if isinstance(several, int) else 1)
 
     def _watch(self, requests: Sequence[Request], progress: bool) -> None:
-        """Wait for requests, with a bar."""
+        """Wait until all requests are done, with a bar that counts them."""
         with tqdm(total=len(requests), unit="request", disable=not progress) as bar:
             going = list(requests)
             while going:
@@ -293,12 +294,6 @@ def _check(max_num_sequences: Any, max_batch_tokens: Any, kv_memory: Any, page_s
             f"max_batch_tokens is {max_batch_tokens}, less than max_num_sequences, {max_num_sequences}: each sequence "
             "gets one token in each step. Raise the first, or lower the second."
         )
-
-
-def _decode_of(tokenizer: Any) -> Decode | None:
-    if tokenizer is None:
-        return None
-    return partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _result_of(request: Request | ValueError, tokenizer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""An engine for a model: how many pages there are, and what they are of."""
+"""Builds the engine that serves a model: how many pages there are, and whether steps are captured."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from ..model import serving
-from .batch import Batch, Part
+from .batch import Batch, Span
 from .cache import Cache, Group
 from .engine import Engine
 from .graphs import CudaCapture
+from .inputs import PagedMemory
 from .runner import Runner
 from .scheduler import Scheduler
 
 SHARE_OF_CPU = 0.5
 SHARE_OF_GPU = 0.9
-"""Of the memory that is free, what pages may take."""
+"""How much of the memory that is free the pages may take."""
 
 
 def build_engine(
@@ -29,11 +30,10 @@ def build_engine(
     share_prefixes: bool,
     cuda_graphs: bool,
 ) -> Engine:
-    """An engine whose pages take so much memory. Raises `ValueError` if that is too little for anything."""
+    """The engine of a `ContinuousBatcher`. Raises `ValueError` if `kv_memory` is less than a page per kind of layer."""
     groups = tuple(Group(kind, *found) for kind, found in serving.kinds_of_layers(model).items())
-    shape, mesh = serving.key_shape(model), serving.model_mesh(model)
+    shape, mesh, max_tokens = serving.key_shape(model), serving.model_mesh(model), serving.max_tokens(model)
     bytes_of_page = page_size * shape.num_bytes * max(len(group.layers) for group in groups)
-    most = Cache(1, groups, page_size).most_pages(serving.most_tokens(model)) * max_num_sequences
 
     if shape.device.type != "cuda":
         why_no_graphs: str | None = f"the model is on {shape.device.type}"
@@ -41,27 +41,26 @@ def build_engine(
         why_no_graphs = serving.why_not_captured(model) if cuda_graphs else "cuda_graphs=False"
 
     def runner_of(num_pages: int) -> Runner:
-        return Runner(
-            model,
+        memory = PagedMemory(
             groups,
             shape,
             num_pages=num_pages + 1,  # and the one that is nobody's
             page_size=page_size,
-            max_num_sequences=max_num_sequences,
-            max_tokens=serving.most_tokens(model),
-            capture=None if why_no_graphs else CudaCapture(),
+            num_rows=max_num_sequences,
+            max_tokens=max_tokens,
         )
+        return Runner(model, memory, None if why_no_graphs else CudaCapture())
 
     if kv_memory != "auto":
         room = float(kv_memory)
     elif shape.device.type == "cuda":
-        step = min(max_batch_tokens, serving.most_tokens(model))
-        room = SHARE_OF_GPU * _left_by_a_step(
-            runner_of(-(-step // page_size) * len(groups)), step, min(step, max_num_sequences)
-        )
+        step = min(max_batch_tokens, max_tokens)
+        probe = -(-step // page_size) * len(groups)
+        room = SHARE_OF_GPU * _left_by_a_step(runner_of(probe), step, min(step, max_num_sequences))
     else:
         room = SHARE_OF_CPU * psutil.virtual_memory().available
-    num_pages = min(int(room / bytes_of_page), most)
+    max_pages = Cache(1, groups, page_size).max_pages(max_tokens) * max_num_sequences
+    num_pages = min(int(room / bytes_of_page), max_pages)
     if mesh is not None:
         num_pages = mesh.broadcast_from_first(num_pages)
     if num_pages < len(groups):
@@ -75,14 +74,15 @@ def build_engine(
 
 
 def _left_by_a_step(runner: Runner, num_tokens: int, num_sampled: int) -> int:
-    """Bytes that are free on the GPU while a step of so many tokens is computed, and so many are sampled."""
-    num_pages, groups = -(-num_tokens // runner.tables.page_size), range(len(runner.groups))
-    told = tuple(tuple((0, place, 1 + g * num_pages + place) for place in range(num_pages)) for g in groups)
-    part = Part(row=0, start=0, tokens=(0,) * num_tokens, first=0, write_from=0)
-    torch.cuda.reset_peak_memory_stats(runner.tables.device)
-    before = torch.cuda.memory_allocated(runner.tables.device)
-    logits = runner.run(Batch((), (part,), tuple(range(num_sampled)), told))
+    """How many bytes are free on the GPU while a step computes `num_tokens` and samples after `num_sampled` of them."""
+    memory = runner.memory
+    device, num_pages = memory.block_tables.device, -(-num_tokens // memory.page_size)
+    new_pages = [(g, 0, n, 1 + g * num_pages + n) for g in range(len(memory.groups)) for n in range(num_pages)]
+    span = Span(row=0, start=0, end=num_tokens, first=0, write_from=0)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    logits = runner.run(Batch([0] * num_tokens, [span], list(range(num_sampled)), new_pages))
     logits.float().sort(-1)
-    used = torch.cuda.max_memory_allocated(runner.tables.device) - before
+    used = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(runner.tables.device)[0] - used
+    return torch.cuda.mem_get_info(device)[0] - used

@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Iterable
-from collections.abc import Sequence as Tuples
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .pages import NOWHERE, Pages
-from .sequence import Sequence
+from .sequence import SequenceState
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class Group:
     """The layers of one kind.
 
     Attributes:
-        kind: as the config calls them.
+        kind: what the config calls them.
         layers: their numbers.
-        window: how many tokens a query sees; None sees all.
+        window: how many tokens a query sees, its own included; None sees all.
     """
 
     kind: str
@@ -42,12 +41,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What of the pages of others a sequence can begin with.
+    """The pages of others that a sequence can begin with.
 
     Attributes:
-        start: where computing starts.
-        end: how many tokens are there in the full layers.
-        pages: by group, the pages it shares.
+        start: the first token that is computed.
+        end: how many tokens the shared pages of the full layers hold.
+        pages: by group, the pages that are shared; NOWHERE where none is needed.
     """
 
     start: int
@@ -59,61 +58,60 @@ class Cache:
     """The pages of all sequences.
 
     Args:
-        num_pages: how many there are, of all groups together.
+        num_pages: how many pages there are for all groups together, page `NOWHERE` included.
         groups: the kinds of layers.
-        page_size: tokens of a page.
+        page_size: how many tokens share a page.
         share: whether sequences use each other's pages.
     """
 
-    def __init__(self, num_pages: int, groups: Tuples[Group], page_size: int, *, share: bool = True) -> None:
+    def __init__(self, num_pages: int, groups: Sequence[Group], page_size: int, *, share: bool = True) -> None:
         self.pages = Pages(num_pages)
         self.groups = tuple(groups)
         self.page_size = page_size
         self.share = share
-        self.being_computed: dict[bytes, Sequence] = {}
+        self.being_computed: dict[bytes, SequenceState] = {}
         sliding = [group for group in groups if group.window is not None]
         # How far back the last key of the last sliding layer depends on keys of sliding layers.
         self._depth = sum(len(group.layers) * ((group.window or 1) - 1) for group in sliding)
         self._depth_of_keys = self._depth - max(((group.window or 1) - 1 for group in sliding), default=0)
 
-    def most_pages(self, num_tokens: int) -> int:
+    def max_pages(self, num_tokens: int) -> int:
         """How many pages a sequence of so many tokens has at most, if it is computed by small chunks."""
         whole, size = -(-num_tokens // self.page_size), self.page_size
         return sum(
             whole if group.window is None else min(whole, -(-(group.window - 1) // size) + 1) for group in self.groups
         )
 
-    def needs(self, sequence: Sequence, num_tokens: int) -> int:
-        """How many more pages it takes to compute so many more of its tokens."""
-        whole = -(-(sequence.num_computed + num_tokens) // self.page_size)
-        return sum(max(0, whole - len(table)) for table in sequence.tables)
+    def grow(self, sequence: SequenceState, num_tokens: int, *, spare: int = 0) -> int:
+        """Give a sequence pages for its next `num_tokens` tokens, or for as many as leave `spare` pages over.
 
-    def fitting(self, sequence: Sequence, num_tokens: int, spare: int = 0) -> int:
-        """How many of so many more tokens there are pages for, if `spare` are left over."""
-        while num_tokens > 0 and self.needs(sequence, num_tokens) > max(self.pages.num_free - spare, 0):
+        Returns for how many of the tokens there are pages now; with 0 nothing has changed.
+        """
+        free, size = max(self.pages.num_free - spare, 0), self.page_size
+        while num_tokens > 0:
             end = sequence.num_computed + num_tokens
-            num_tokens = max((end - 1) // self.page_size * self.page_size - sequence.num_computed, 0)
-        return num_tokens
+            whole = -(-end // size)
+            if sum([whole - len(table) for table in sequence.block_tables if len(table) < whole]) <= free:
+                for table in sequence.block_tables:
+                    while len(table) < whole:
+                        table.append(self.pages.allocate())
+                return num_tokens
+            num_tokens = (end - 1) // size * size - sequence.num_computed
+        return 0
 
-    def grow(self, sequence: Sequence, num_tokens: int) -> None:
-        """Give it the pages for so many more tokens."""
-        whole = -(-(sequence.num_computed + num_tokens) // self.page_size)
-        for table in sequence.tables:
-            table.extend(self.pages.allocate() for _ in range(whole - len(table)))
-
-    def prefix_of(self, sequence: Sequence) -> Prefix | None:
-        """What it can begin with now; None while another computes what it could use then."""
+    def prefix_of(self, sequence: SequenceState) -> Prefix | None:
+        """What a sequence can begin with now; None while another one computes what it could use then."""
         size, groups = self.page_size, range(len(self.groups))
         nothing = Prefix(0, 0, tuple(() for _ in groups))
         # The last token is always computed: its logits are wanted.
-        most = (len(sequence.tokens) - 1) // size
-        if not self.share or not most:
+        num_pages = (len(sequence.tokens) - 1) // size
+        if not self.share or not num_pages:
             return nothing
-        digests = self._digests(sequence, most)
+        digests = self._digests(sequence, num_pages)
         found = [[self.pages.find((g, digest)) for digest in digests] for g in groups]
         full = [found[g] for g, group in enumerate(self.groups) if group.window is None]
-        num_full = next((n for n in range(most) if any(pages[n] is None for pages in full)), most)
-        if num_full < most and digests[num_full] in self.being_computed:
+        num_full = next((n for n in range(num_pages) if any(pages[n] is None for pages in full)), num_pages)
+        if num_full < num_pages and digests[num_full] in self.being_computed:
             return None
         ends = (n for n in range(num_full, 0, -1) if all(self._has_window(found[g], g, n) for g in groups))
         end = next(ends, 0) * size
@@ -129,57 +127,61 @@ class Cache:
             pages.append((*[NOWHERE] * begin, *(page or NOWHERE for page in found[g][begin : end // size])))
         return Prefix(end, end, tuple(pages))
 
-    def begin(self, sequence: Sequence, prefix: Prefix) -> None:
+    def begin(self, sequence: SequenceState, prefix: Prefix) -> None:
         """Give a sequence that has nothing yet the pages of its prefix."""
         size = self.page_size
         sequence.num_computed, sequence.write_from = prefix.start, prefix.end
         rebuilds = prefix.start < prefix.end
         sequence.first = prefix.start if rebuilds else 0
         sequence.exact_from = prefix.start + self._depth_of_keys if rebuilds else 0
-        sequence.tables = []
+        sequence.block_tables = []
         for pages in prefix.pages:
             table = [page if page == NOWHERE else self.pages.share(page) for page in pages]
             table += [NOWHERE] * (prefix.start // size - len(table))
-            sequence.tables.append(table)
-        sequence.num_remembered = [len(table) for table in sequence.tables]
-        sequence.num_told = [0] * len(sequence.tables)
+            sequence.block_tables.append(table)
+        sequence.num_remembered = [len(table) for table in sequence.block_tables]
+        sequence.num_told = [0] * len(sequence.block_tables)
         if self.share:
             for digest in self._digests(sequence, sequence.prompt_length // size)[prefix.end // size :]:
                 self.being_computed.setdefault(digest, sequence)
 
-    def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """So many more of its tokens are computed: remember pages that are full, give back what no query sees."""
+    def advance(self, sequence: SequenceState, num_tokens: int) -> None:
+        """Note that the next `num_tokens` tokens of a sequence are computed.
+
+        Pages that are full now are remembered, and those that no query sees any more are given back.
+        """
         sequence.num_computed += num_tokens
-        size = self.page_size
-        whole = sequence.num_computed // size
-        digests = self._digests(sequence, whole) if self.share else []
-        for g, (group, table) in enumerate(zip(self.groups, sequence.tables, strict=True)):
-            for n in range(sequence.num_remembered[g], whole if self.share else 0):
+        size, remembered = self.page_size, sequence.num_remembered
+        whole = sequence.num_computed // size if self.share else 0
+        digests = self._digests(sequence, whole) if whole > min(remembered) else []
+        for g, (group, table) in enumerate(zip(self.groups, sequence.block_tables, strict=True)):
+            for n in range(remembered[g], whole):
                 if table[n] != NOWHERE and (group.window is None or n * size >= sequence.exact_from):
                     self.pages.remember(table[n], (g, digests[n]))
                 if self.being_computed.get(digests[n]) is sequence:
                     del self.being_computed[digests[n]]
-            sequence.num_remembered[g] = max(sequence.num_remembered[g], whole)
+            remembered[g] = max(remembered[g], whole)
             if group.window is not None:
                 self._release(table, group.oldest_seen(sequence.num_computed) // size)
 
-    def forget(self, running: Iterable[Sequence]) -> None:
-        """Use nothing again of what was computed until now, or will be by sequences that run."""
+    def forget(self, running: Iterable[SequenceState]) -> None:
+        """Share nothing of what was computed until now, or will be by the sequences that are `running`."""
         self.pages.forget()
         self.being_computed.clear()
         for sequence in running:
             sequence.num_remembered = [sys.maxsize] * len(self.groups)
 
-    def release(self, sequence: Sequence) -> None:
-        """Give all its pages back; it has nothing then."""
-        for table in sequence.tables:
+    def release(self, sequence: SequenceState) -> None:
+        """Take all pages of a sequence back: it has to be computed anew."""
+        for table in sequence.block_tables:
             self._release(table, len(table))
         for digest in sequence.digests:
             if self.being_computed.get(digest) is sequence:
                 del self.being_computed[digest]
-        sequence.tables, sequence.num_remembered, sequence.num_computed = [], [], 0
+        sequence.block_tables, sequence.num_remembered, sequence.num_computed = [], [], 0
 
     def _release(self, table: list[int], end: int) -> None:
+        """Take the first `end` pages of a sequence's table back."""
         # From the last: the beginning of a text is what others share, and goes last.
         for n in range(min(end, len(table)) - 1, -1, -1):
             if table[n] == NOWHERE:
@@ -191,12 +193,12 @@ class Cache:
             table[n] = NOWHERE
 
     def _has_window(self, pages: list[int | None], g: int, end: int) -> bool:
-        """Whether a sequence can go on after so many pages with what was found of a group."""
+        """Whether `pages`, those found of a group, hold all that a query sees after the first `end` pages."""
         begin = self.groups[g].oldest_seen(end * self.page_size) // self.page_size
         return all(page is not None for page in pages[begin:end])
 
-    def _digests(self, sequence: Sequence, num_pages: int) -> list[bytes]:
-        """Of the tokens up to the end of each of the first pages."""
+    def _digests(self, sequence: SequenceState, num_pages: int) -> list[bytes]:
+        """For each of the first `num_pages` pages, a digest of all tokens up to its end."""
         known = sequence.digests
         for n in range(len(known), num_pages):
             tokens = array("q", sequence.tokens[n * self.page_size : (n + 1) * self.page_size])

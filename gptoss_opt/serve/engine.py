@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +10,12 @@ from torch import Tensor
 
 from ..distributed import ModelMesh
 from .batch import Batch
-from .request import GenerationError, Request
+from .request import Decode, GenerationError, Request
 from .runner import Runner
 from .sampler import Draw, Drawn, draw
 from .scheduler import Scheduler
-from .sequence import Sequence
+from .sequence import SequenceState
 from .stats import Counts, Stats, percentiles
-
-NOTHING = "nothing to do"
-"""Sent to the other ranks now and then, so that none gives up waiting."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +23,8 @@ class Answer:
     """What the first rank tells the others at the end of a call.
 
     Attributes:
-        result: of the call.
-        error: what it raises instead, or None.
+        result: what the call returns.
+        error: what the call raises instead, or None.
         closed: whether nothing can be computed any more.
     """
 
@@ -44,7 +40,7 @@ class Engine:
         scheduler: what is computed when.
         runner: what computes it.
         mesh: the ranks that hold the model together: the first schedules, and the others `follow`.
-        bytes_of_page: what a page takes on this rank.
+        bytes_of_page: how many bytes a page takes on this rank.
         why_no_graphs: the reason why steps are not captured in CUDA graphs, or None.
     """
 
@@ -59,16 +55,13 @@ class Engine:
     ) -> None:
         self.scheduler, self.runner, self.mesh = scheduler, runner, mesh
         self.bytes_of_page, self.why_no_graphs = bytes_of_page, why_no_graphs
-        self.requests: dict[Sequence, Request] = {}
-        self.decoders: dict[Request, Callable[[list[int]], str]] = {}
+        self.requests: dict[SequenceState, Request] = {}
         self.counts = Counts()
         self._meets = True  # whether the ranks still meet
 
-    def add(self, request: Request, decode: Callable[[list[int]], str] | None = None) -> None:
-        """Take a request in; `decode` makes text of ids, for stop strings."""
+    def add(self, request: Request) -> None:
+        """Take a request in."""
         self.requests[request.sequence] = request
-        if decode is not None:
-            self.decoders[request] = decode
         self.scheduler.add(request.sequence)
 
     def step(self) -> bool:
@@ -81,20 +74,22 @@ class Engine:
             assert not self.requests, "requests wait, and none can go on"
             return False
         started = time.perf_counter()
-        batch = Batch.of(works, len(self.scheduler.cache.groups))
-        prompt_tokens = [work.num_tokens for work in works if work.sequence.num_computed < work.sequence.prompt_length]
-        logits = self._run(batch)
-        whole = [row for row, work in enumerate(works) if work.samples]
-        sampled = [works[row].sequence for row in whole]
+        batch = Batch.of(works)
+        self.tell(batch)
+        logits = self._compute(batch)
+        in_prompts = [one for one in works if one.sequence.num_computed < one.sequence.prompt_length]
+        num_prompt_tokens = sum([one.num_tokens for one in in_prompts])
+        rows = [row for row, work in enumerate(works) if work.num_tokens == work.sequence.remaining]
+        sampled = [works[row].sequence for row in rows]
         # Of a prompt that goes on nothing is sampled, but its logits tell whether what was computed is finite.
-        rest = [row for row, work in enumerate(works) if not work.samples]
-        drawn = draw(logits[whole] if rest else logits, [*map(self._draw_of, sampled)])
-        if any(one.token is None for one in drawn) or (rest and not bool(logits[rest].isfinite().all())):
+        rest = sorted(set(range(len(works))).difference(rows))
+        drawn = draw(logits[rows] if rest else logits, [*map(self._draw_of, sampled)])
+        if None in [one.token for one in drawn] or (rest and not bool(logits[rest].isfinite().all())):
             # It may have got into pages of tokens before it, too, and those may be shared already.
             self.scheduler.cache.forget(self.scheduler.running)
-        for work in works:
-            self.scheduler.advance(work)
-        self.counts.step(prompt_tokens, time.perf_counter() - started)
+        for sequence, num_tokens in works:
+            self.scheduler.cache.advance(sequence, num_tokens)
+        self.counts.step(num_prompt_tokens, time.perf_counter() - started)
         for sequence, one in zip(sampled, drawn, strict=True):
             self._take(sequence, one)
         return True
@@ -104,15 +99,10 @@ class Engine:
         requests, self.requests = list(self.requests.values()), {}
         for request in requests:
             request.end("error", error)
-        self.decoders.clear()
         self.scheduler.clear()
 
-    def free(self) -> None:
-        """Give the memory of the pages back. Nothing can be computed after."""
-        self.runner.free()
-
     def stats(self) -> Stats:
-        """The work so far."""
+        """The numbers of the work so far."""
         scheduler, pages, counts = self.scheduler, self.scheduler.cache.pages, self.counts
         graphs = self.runner.graphs
         return Stats(
@@ -125,7 +115,7 @@ class Engine:
             tokens_out_per_second=counts.tokens_out_per_second,
             num_steps=counts.num_steps,
             pages_used=pages.num_used,
-            most_pages_used=scheduler.most_pages_used,
+            most_pages_used=scheduler.max_pages_used,
             num_pages=pages.num_pages,
             kv_bytes=pages.num_pages * self.bytes_of_page,
             prefix_tokens=scheduler.num_shared,
@@ -135,16 +125,13 @@ class Engine:
             time_between_tokens=percentiles(tuple(counts.between)),
         )
 
-    def idle(self) -> None:
-        """Tell the other ranks that there is nothing to do."""
-        self._tell(NOTHING)
-
-    def dismiss(self, answer: Answer) -> None:
-        """Let the other ranks return from `follow`, with this."""
-        self._tell(answer)
+    def tell(self, said: Batch | Answer | None) -> None:
+        """Let the other ranks, which `follow`, compute a batch, or return an answer; or, with None, go on waiting."""
+        if self.mesh is not None and self._meets:
+            self.mesh.broadcast_from_first(said)
 
     def follow(self) -> Answer:
-        """On another rank than the first: compute what it says, until it dismisses."""
+        """On another rank than the first: compute what the first says, until it gives an answer."""
         assert self.mesh is not None
         while True:
             said = self.mesh.broadcast_from_first(None)
@@ -153,10 +140,6 @@ class Engine:
             if isinstance(said, Batch):
                 self._compute(said)
 
-    def _run(self, batch: Batch) -> Tensor:
-        self._tell(batch)
-        return self._compute(batch)
-
     def _compute(self, batch: Batch) -> Tensor:
         # If it fails on one rank, the others wait within it: nothing more can be said to them.
         met, self._meets = self._meets, False
@@ -164,16 +147,12 @@ class Engine:
         self._meets = met
         return logits
 
-    def _tell(self, said: Any) -> None:
-        if self.mesh is not None and self._meets:
-            self.mesh.broadcast_from_first(said)
-
-    def _draw_of(self, sequence: Sequence) -> Draw:
+    def _draw_of(self, sequence: SequenceState) -> Draw:
         request = self.requests[sequence]
         return Draw(request.options, request.completion, sequence.tokens, len(request.tokens))
 
-    def _take(self, sequence: Sequence, drawn: Drawn) -> None:
-        """One more token of a sequence, and whether it was the last."""
+    def _take(self, sequence: SequenceState, drawn: Drawn) -> None:
+        """Append a token to a sequence, and end its request if that was the last, or if there is none."""
         request = self.requests[sequence]
         if drawn.token is None:
             message = (
@@ -194,28 +173,31 @@ class Engine:
         self.counts.token(request.times, request.submitted)
 
     def _reason_to_stop(self, request: Request, token: int) -> str | None:
-        options, tokens = request.options, [*request.tokens, token]
-        if token in options.stop_token_ids or self._ends_in_a_stop_string(request, tokens):
+        """Why `token` is the last one of a request, or None."""
+        options, decode = request.options, request.decode
+        if token in options.stop_token_ids:
             return "stop"
-        return "length" if len(tokens) == options.max_new_tokens else None
+        if decode is not None and _holds_at_the_end(options.stop_strings, [*request.tokens, token], decode):
+            return "stop"
+        return "length" if len(request.tokens) + 1 == options.max_new_tokens else None
 
-    def _ends_in_a_stop_string(self, request: Request, tokens: list[int]) -> bool:
-        strings = request.options.stop_strings
-        if not strings:
-            return False
-        # As a rule a token is a byte of text at least; those that are none must not push the beginning out of sight.
-        longest = count = max(len(one.encode()) for one in strings) + 1
-        while len(text := self.decoders[request](tokens[-count:])) < longest and count < len(tokens):
-            count *= 2
-        return any(one in text for one in strings)
-
-    def _end(self, sequence: Sequence, reason: str, error: BaseException | None = None) -> None:
+    def _end(self, sequence: SequenceState, reason: str, error: BaseException | None = None) -> None:
+        """End a request before its last token."""
         request = self.requests[sequence]
         self._forget(sequence)
         request.end(reason, error)
 
-    def _forget(self, sequence: Sequence) -> None:
-        request = self.requests.pop(sequence)
-        self.decoders.pop(request, None)
+    def _forget(self, sequence: SequenceState) -> None:
+        """Take a sequence and its request out."""
+        del self.requests[sequence]
         self.scheduler.remove(sequence)
         self.counts.finished += 1
+
+
+def _holds_at_the_end(strings: tuple[str, ...], tokens: list[int], decode: Decode) -> bool:
+    """Whether the text of the last tokens holds one of some strings."""
+    # As a rule a token is a byte of text at least; those that are none must not push the beginning out of sight.
+    longest = count = max(len(one.encode()) for one in strings) + 1
+    while len(text := decode(tokens[-count:])) < longest and count < len(tokens):
+        count *= 2
+    return any(one in text for one in strings)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .inputs import Inputs, Seen
+from .inputs import Inputs
 from .pages import NOWHERE
 
 Run = Callable[[], Tensor]
@@ -39,16 +39,16 @@ class CudaCapture:
 
 
 class DecodeGraphs:
-    """One graph for each number of sequences and width of the tables, both rounded up to a power of two.
+    """One graph for each number of sequences and width of the block tables, both rounded up to a power of two.
 
     Args:
         forward: what is captured.
-        most_rows: how many sequences there are at most.
+        max_rows: how many sequences there are at most.
         capture: how; see `CudaCapture`.
     """
 
-    def __init__(self, forward: Callable[[Inputs], Tensor], most_rows: int, capture: Callable[[Run], Run]) -> None:
-        self._forward, self._most_rows, self._capture = forward, most_rows, capture
+    def __init__(self, forward: Callable[[Inputs], Tensor], max_rows: int, capture: Callable[[Run], Run]) -> None:
+        self._forward, self._max_rows, self._capture = forward, max_rows, capture
         self._made: dict[tuple[int, int], tuple[Inputs, Run]] = {}
 
     def __len__(self) -> int:
@@ -56,8 +56,8 @@ class DecodeGraphs:
 
     def run(self, inputs: Inputs) -> Tensor:
         """The logits [S, V] of inputs without chunks."""
-        num_rows, width = inputs.seen[0].tables.shape
-        key = min(_rounded_up(num_rows), self._most_rows), _rounded_up(width)
+        num_rows, width = next(iter(inputs.paged.values())).block_table.shape
+        key = min(_rounded_up(num_rows), self._max_rows), _rounded_up(width)
         fresh = key not in self._made
         buffers = _padding(inputs, *key) if fresh else self._made[key][0]
         _fill(buffers, inputs)
@@ -70,36 +70,30 @@ def _rounded_up(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+ROWS = {"pages": NOWHERE, "places": 0, "context_starts": 0, "context_lens": 1}
+"""The fields of `Paged` by row, with their values in a row of padding: a sequence of one token, kept nowhere."""
+
+
 def _padding(like: Inputs, num_rows: int, width: int) -> Inputs:
-    """Inputs in which every row is padding: a sequence of one token, kept nowhere."""
-
-    def filled(x: Tensor, value: int) -> Tensor:
-        return x.new_full((num_rows, *x.shape[1:]), value)
-
-    seen = [
-        Seen(
-            filled(one.pages, NOWHERE),
-            filled(one.places, 0),
-            one.tables.new_full((num_rows, width), NOWHERE),
-            filled(one.firsts, 0),
-            filled(one.lengths, 1),
-            (),
-        )
-        for one in like.seen
-    ]
-    everything = torch.arange(num_rows, device=like.last.device)
-    return Inputs(filled(like.tokens, 0), filled(like.positions, 0), everything, tuple(seen))
+    """Inputs in which every row is padding."""
+    tokens = like.tokens.new_zeros(num_rows)
+    paged = {}
+    for kind, one in like.paged.items():
+        assert one.blocks is None, "a backend that works out blocks on the host cannot be captured"
+        rows = {name: getattr(one, name).new_full((num_rows,), value) for name, value in ROWS.items()}
+        paged[kind] = one._replace(block_table=one.block_table.new_full((num_rows, width), NOWHERE), **rows)
+    return Inputs(tokens, tokens.clone(), paged, torch.arange(num_rows, device=tokens.device))
 
 
 def _fill(buffers: Inputs, inputs: Inputs) -> None:
     """Put inputs into the first rows of buffers, and padding into the others."""
-    num_rows, width = inputs.seen[0].tables.shape
     pairs = [(buffers.tokens, inputs.tokens, 0), (buffers.positions, inputs.positions, 0)]
-    for to, one in zip(buffers.seen, inputs.seen, strict=True):
-        pairs += [(to.pages, one.pages, NOWHERE), (to.places, one.places, 0)]
-        pairs += [(to.firsts, one.firsts, 0), (to.lengths, one.lengths, 1)]
+    for kind, one in inputs.paged.items():
+        to = buffers.paged[kind]
+        pairs += [(getattr(to, name), getattr(one, name), value) for name, value in ROWS.items()]
         # What is right of it, or below, is not looked at.
-        to.tables[:num_rows, :width].copy_(one.tables)
+        num_rows, width = one.block_table.shape
+        to.block_table[:num_rows, :width].copy_(one.block_table)
     for to_rows, rows, padding in pairs:
-        to_rows[:num_rows].copy_(rows)
-        to_rows[num_rows:].fill_(padding)
+        to_rows[: len(rows)].copy_(rows)
+        to_rows[len(rows) :].fill_(padding)

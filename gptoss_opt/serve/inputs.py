@@ -1,100 +1,113 @@
-"""A batch as tensors: the tables of pages, which stay on the device, and what a forward takes."""
+"""The pages on the device: keys, values and block tables, and a batch as the tensors of a forward that uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.attention import Chunk
+from ..kernels import memory
+from ..kernels.paged_attention import Chunk, Paged, blocks_for, choose_backend
+from ..model.serving import KeyShape
 from .batch import Batch
 from .cache import Group
 from .pages import NOWHERE
 
 
-class Seen(NamedTuple):
-    """What the layers of one group are told: see `Paged`."""
-
-    pages: Tensor
-    places: Tensor
-    tables: Tensor
-    firsts: Tensor
-    lengths: Tensor
-    chunks: tuple[Chunk, ...]
-
-
 class Inputs(NamedTuple):
-    """All that a forward takes: tokens and positions [T], after which of them logits are wanted [S], and what each
-    group sees."""
+    """All that a forward takes.
+
+    Attributes:
+        tokens, positions: int64 [T].
+        paged: by kind of layer, which keys the tokens see.
+        last: int64 [S], the tokens after which logits are wanted.
+    """
 
     tokens: Tensor
     positions: Tensor
+    paged: dict[str, Paged]
     last: Tensor
-    seen: tuple[Seen, ...]
 
 
-class Tables:
-    """The pages of each sequence that runs, by group, on the device; steps tell only what is new.
+class PagedMemory:
+    """The keys and values of all pages, and the block tables of all sequences that run, on the device.
 
     Args:
         groups: the kinds of layers.
-        page_size: tokens of a page.
-        num_rows: sequences that run at once.
-        max_tokens: of a sequence.
-        device: where the model is.
+        shape: the shape of the keys of one token in one layer.
+        num_pages: how many pages there are, for all groups together, page `NOWHERE` included.
+        page_size: how many tokens share a page.
+        num_rows: how many sequences run at once.
+        max_tokens: how many tokens a sequence may have.
     """
 
+    @torch.inference_mode(False)
     def __init__(
-        self, groups: tuple[Group, ...], page_size: int, num_rows: int, max_tokens: int, device: torch.device
+        self,
+        groups: tuple[Group, ...],
+        shape: KeyShape,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_rows: int,
+        max_tokens: int,
     ) -> None:
-        self.groups, self.page_size, self.device = groups, page_size, device
+        self.groups, self.shape, self.page_size, self.num_rows = groups, shape, page_size, num_rows
         width = -(-max_tokens // page_size)
-        self.pages = torch.zeros(len(groups), num_rows, width, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(len(groups), num_rows, width, dtype=torch.int32, device=shape.device)
+        # A page is of one group at a time, and holds the keys of all its layers: groups share the memory.
+        size = (num_pages, shape.num_heads, page_size, shape.head_dim)
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        for n in range(max(len(group.layers) for group in groups)):
+            keys, values = (memory.empty(size, shape.dtype, shape.device) for _ in range(2))
+            keys[NOWHERE], values[NOWHERE] = 0, 0  # rows of padding read it
+            for layer in (group.layers[n] for group in groups if n < len(group.layers)):
+                self.keys[layer], self.values[layer] = keys, values
+        self.backend = choose_backend(shape.device.type, shape.dtype, shape.head_dim)
 
     def inputs(self, batch: Batch) -> Inputs:
-        """A batch as tensors, sent to the device at once."""
-        parts = batch.parts
-        told = [(g, *new) for g, pages in enumerate(batch.pages) for new in pages]
-        columns: dict[str, list[int]] = {
-            "tokens": [token for part in parts for token in part.tokens],
-            "positions": [n for part in parts for n in range(part.start, part.end)],
-            "rows": [part.row for part in parts for _ in part.tokens],
-            "kept": [n >= part.write_from for part in parts for n in range(part.start, part.end)],
-            "parts": [part.row for part in parts],
-            "firsts": [part.first for part in parts],
-            "lengths": [part.end for part in parts],
-            "last": list(batch.last),
-            **{f"told{n}": [new[n] for new in told] for n in range(4)},
-        }
-        at = self._sent(columns)
-        self.pages[at["told0"], at["told1"], at["told2"]] = at["told3"].int()
-        width = max(-(-part.end // self.page_size) for part in parts)
-        numbers, places = at["positions"] // self.page_size, at["positions"] % self.page_size
-        seen = []
-        for g, group in enumerate(self.groups):
-            pages = self.pages[g, at["rows"], numbers].long()
+        """A batch as tensors, sent to the device at once; its new pages are put into the block tables first."""
+        numbers: list[int] = []
+        span_numbers: list[int] = []
+        chunks: list[Chunk] = []
+        for n, span in enumerate(batch.spans):
+            begin, count = len(numbers), span.end - span.start
+            numbers += range(span.start, span.end)
+            span_numbers += [n] * count
+            if count > 1:
+                chunks.append(Chunk(begin, begin + count, span.end, span.first))
+        tokens, positions, span_of, spans, last, new_pages = self._sent(
+            batch.tokens, numbers, span_numbers, _flat(batch.spans), batch.last, _flat(batch.new_pages)
+        )
+        rows, _, ends, firsts, write_from = spans.view(-1, 5).unbind(1)
+        g, row, place, page = new_pages.view(-1, 4).unbind(1)
+        self.block_tables[g, row, place] = page.int()
+        token_rows, page_numbers, places = rows[span_of], positions // self.page_size, positions % self.page_size
+        kept = positions >= write_from[span_of]
+        width = -(-max([span.end for span in batch.spans]) // self.page_size)
+        context_starts, context_lens = firsts.int(), ends.int()
+        blocks = blocks_for(self.backend, context_lens, chunks, self.shape.group_size)
+        paged = {}
+        for group, tables in zip(self.groups, self.block_tables, strict=True):
+            pages, block_table = tables[token_rows, page_numbers].long(), tables[rows, :width]
+            starts, seen = context_starts, chunks
             if group.window is None:
-                pages = torch.where(at["kept"].bool(), pages, NOWHERE)
-            firsts = at["firsts"] if group.window is not None else torch.zeros_like(at["firsts"])
-            tables, chunks = self.pages[g, at["parts"], :width], _chunks(batch, group)
-            seen.append(Seen(pages, places, tables, firsts.int(), at["lengths"].int(), chunks))
-        return Inputs(at["tokens"], at["positions"], at["last"], tuple(seen))
+                pages, starts = torch.where(kept, pages, NOWHERE), torch.zeros_like(starts)
+                seen = [chunk._replace(first=0) for chunk in chunks]
+            where = pages, places, block_table, starts, context_lens
+            paged[group.kind] = Paged(self.keys, self.values, *where, tuple(seen), self.backend, blocks)
+        return Inputs(tokens, positions, paged, last)
 
-    def _sent(self, columns: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    def _sent(self, *columns: Sequence[int]) -> tuple[Tensor, ...]:
         """Lists of numbers as int64 tensors on the device, by one transfer."""
-        flat = [number for column in columns.values() for number in column]
-        numbers = torch.tensor(flat, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        parts = torch.split(numbers.to(self.device, non_blocking=True), [*map(len, columns.values())])
-        return dict(zip(columns, parts, strict=True))
+        device = self.block_tables.device
+        numbers = torch.tensor(_flat(columns), dtype=torch.int64, pin_memory=device.type == "cuda")
+        return torch.split(numbers.to(device, non_blocking=True), [*map(len, columns)])
 
 
-def _chunks(batch: Batch, group: Group) -> tuple[Chunk, ...]:
-    """The chunks of prompts, as a group of layers sees them."""
-    chunks, begin = [], len(batch.decoding)
-    for part in batch.chunks:
-        end = begin + len(part.tokens)
-        chunks.append(Chunk(begin, end, part.end, 0 if group.window is None else part.first))
-        begin = end
-    return tuple(chunks)
+def _flat(rows: Iterable[Iterable[int]]) -> list[int]:
+    return [*chain.from_iterable(rows)]

@@ -16,11 +16,12 @@ SAMPLING: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "m
 """Fields that shape the distribution, with the values that `generate` takes where nothing is said."""
 
 Layers = tuple[Mapping[str, Any], ...]
-"""What is said by fields, by a config, and by the model: the first that says something is heard."""
+"""What the fields of a call say, what its config says, and what the model says: the first to say something is heard."""
 
 SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max
 
 READ = (
+    # Fields that are implemented.
     *SAMPLING,
     "do_sample",
     "repetition_penalty",
@@ -33,7 +34,7 @@ READ = (
 )
 
 WITHOUT_EFFECT = (
-    # Of bookkeeping and padding, which packed batches have none of; and how a cache is kept, which is this package's.
+    # Fields for padding and bookkeeping, which packed batches do not have; and for the cache, which is this package's.
     "pad_token_id",
     "bos_token_id",
     "transformers_version",
@@ -63,7 +64,8 @@ NEUTRAL: Mapping[str, Any] = {
     "assistant_lookbehind": 10,
     "target_lookbehind": 10,
 }
-"""Values of fields that are not implemented under which they do nothing. None, False and nothing are such for all."""
+"""Fields that are not implemented, with the value under which each does nothing. So does any that is None, False or
+empty."""
 
 RANGES: Mapping[str, tuple[Any, float, float, str]] = {
     "max_new_tokens": (Integral, 1, math.inf, "a whole number of at least 1"),
@@ -78,7 +80,7 @@ RANGES: Mapping[str, tuple[Any, float, float, str]] = {
     "min_p": (Real, 0, 1, "a number from 0 to 1"),
     "repetition_penalty": (Real, SMALLEST, LARGEST, "a number above 0"),
 }
-"""Of the fields that are numbers: kind, least, most, and that in words."""
+"""The fields that are numbers: the kind, minimum and maximum of each, and the same in words."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Sampling:
     """How a token is drawn from the logits. Equal by value: sequences with the same are sampled together.
 
     Attributes:
-        temperature, top_k, top_p, min_p: as in transformers; None for greedy in all of them.
+        temperature, top_k, top_p, min_p: as in transformers; a temperature of None is greedy.
         repetition_penalty: as in transformers.
     """
 
@@ -104,18 +106,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of one prompt.
+    """What is asked for one prompt.
 
     Attributes:
-        max_new_tokens: at most so many.
-        min_new_tokens: no stop token before so many.
-        stop_token_ids: any of these ends it, and is the last token.
-        stop_strings: any of these in the text ends it.
+        max_new_tokens: how many tokens are generated at most.
+        min_new_tokens: how many tokens are generated before a stop token may be.
+        stop_token_ids: ids that end a completion, and are its last token.
+        stop_strings: strings that end a completion once its text holds one.
         sampling: how tokens are drawn.
-        seed: of the draws.
-        logprobs: of how many of the likeliest tokens log-probabilities are wanted, beside the chosen one's; None for no
-            log-probabilities at all.
-        num_return_sequences: how many completions.
+        seed: the seed of the draws.
+        logprobs: for how many of the likeliest tokens log-probabilities are wanted, beside the chosen one's; None for
+            no log-probabilities at all.
+        num_return_sequences: how many completions are made.
     """
 
     max_new_tokens: int
@@ -139,10 +141,10 @@ class Options:
         logprobs: int | None = None,
         **fields: Any,
     ) -> Options:
-        """The options of a prompt: `fields` go before `config`, and that before what the model has.
+        """The options for a prompt of `prompt_length` tokens: `fields` go before `config`, and that before `of_model`.
 
         Raises:
-            ValueError: naming the field, if it has no such value, or is not implemented.
+            ValueError: a field has no such value, or is not implemented; the message names it.
         """
         if unknown := sorted(set(fields) - set(vars(of_model))):
             raise ValueError(f"GenerationConfig has no field {', '.join(map(repr, unknown))}.")
@@ -174,22 +176,22 @@ class Options:
 
 
 def _check(said: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for what is not implemented, and for numbers that are none or out of range."""
+    """Raise `ValueError` for fields that are not implemented, and for those that are no number or out of range."""
     if refused := [name for name in said if name not in RANGES and not _implemented(name, said[name])]:
         values = ", ".join(f"{name}={said[name]!r}" for name in refused)
         raise ValueError(f"ContinuousBatcher does not implement {values}. Leave it out, or use model.generate.")
-    for name, (kind, least, most, words) in RANGES.items():
+    for name, (kind, minimum, maximum, words) in RANGES.items():
         value = said.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, kind) or not least <= _as_number(value) <= most:
+        if isinstance(value, bool) or not isinstance(value, kind) or not minimum <= _as_number(value) <= maximum:
             raise ValueError(f"{name} is {value!r}, and must be {words}.")
     if not isinstance(said.get("do_sample", False), bool):
         raise ValueError(f"do_sample is {said['do_sample']!r}, and must be True or False.")
 
 
 def _as_number(value: Any) -> float | int:
-    """A number as Python has it; what is too large for one is infinite."""
+    """A number of any kind as an int or a float; infinite where it is too large for a float."""
     try:
         return int(value) if isinstance(value, Integral) and abs(int(value)) < 2**63 else float(value)
     except OverflowError:
@@ -197,7 +199,7 @@ def _as_number(value: Any) -> float | int:
 
 
 def _said(config: GenerationConfig | None) -> dict[str, Any]:
-    """The fields of a config that say anything."""
+    """The fields of a config that are set."""
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):
@@ -211,7 +213,7 @@ def _implemented(name: str, value: Any) -> bool:
 
 
 def _ids(name: str, value: Any) -> frozenset[int]:
-    """One id or several, from numbers, lists or tensors. Raises `ValueError`."""
+    """The ids that a field holds: one, or several, as a number, list or tensor. Raises `ValueError`."""
     value = value.tolist() if hasattr(value, "tolist") else value
     several = [] if value is None else [value] if isinstance(value, Integral) else value
     if isinstance(several, str | bytes) or not isinstance(several, Iterable):
@@ -223,7 +225,7 @@ def _ids(name: str, value: Any) -> frozenset[int]:
 
 
 def _max_new_tokens(prompt_length: int, layers: Layers) -> int:
-    """As in `generate`: 20 where nothing is said."""
+    """How many new tokens are asked for: 20 where nothing is said, as in `generate`."""
     for fields in layers:
         if fields.get("max_new_tokens") is not None:
             return int(fields["max_new_tokens"])

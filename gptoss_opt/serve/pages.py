@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 NOWHERE = 0
-"""The page that belongs to nobody. What is to be kept nowhere goes there."""
+"""The page that belongs to nobody: what is to be kept nowhere goes there."""
 
 
 class Pages:
@@ -28,21 +28,21 @@ class Pages:
 
     @property
     def num_pages(self) -> int:
-        """Pages that there are to be used."""
+        """How many pages there are to be used."""
         return len(self.users) - 1
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody uses."""
+        """How many pages nobody uses."""
         return len(self._free) + len(self.users) - self._fresh
 
     @property
     def num_used(self) -> int:
-        """Pages that somebody uses."""
+        """How many pages somebody uses."""
         return self.num_pages - self.num_free
 
     def allocate(self) -> int:
-        """A page for one user, who may write to it. There must be one."""
+        """Hand out a page to one user, who may write to it. There must be a free one."""
         page = next(iter(self._free), None)
         if (page is None or self._keys[page] is not None) and self._fresh < len(self.users):
             page, self._fresh = self._fresh, self._fresh + 1
@@ -53,18 +53,18 @@ class Pages:
         return page
 
     def find(self, key: Hashable) -> int | None:
-        """The page that holds what `key` stands for, used or not."""
+        """The page that holds what `key` stands for, used or not; None if there is none."""
         return self._page_of.get(key)
 
     def share(self, page: int) -> int:
-        """Use a page that `find` found."""
+        """Let one more user have a page that `find` found."""
         if not self.users[page]:
             del self._free[page]
         self.users[page] += 1
         return page
 
     def remember(self, page: int, key: Hashable) -> None:
-        """Say what a page that is used holds, for good: it is full. The first page for a key stays the one."""
+        """Let a page be found by `key`: it is in use and full, and will not change. The first page of a key stays."""
         assert self.users[page]
         if key not in self._page_of:
             self._forget(page)
@@ -72,7 +72,7 @@ class Pages:
             self._keys[page] = key
 
     def release(self, page: int) -> None:
-        """Give a page back."""
+        """Take a page back from one of its users."""
         self.users[page] -= 1
         assert self.users[page] >= 0
         if not self.users[page]:
@@ -81,7 +81,7 @@ class Pages:
                 self._free.move_to_end(page, last=False)
 
     def forget(self) -> None:
-        """Find nothing again of what the pages hold now."""
+        """Let nothing be found of what the pages hold now."""
         self._keys = [None] * len(self.users)
         self._page_of.clear()
 

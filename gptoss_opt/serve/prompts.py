@@ -1,9 +1,10 @@
-"""What the user gives, checked: prompts as token ids, and requests whose demands can be met."""
+"""Makes requests of what the user gives: prompts become token ids, and what cannot be done is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -17,28 +18,25 @@ Prompt = str | Sequence[int] | torch.Tensor
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What this model and these pages can do.
+class RequestBuilder:
+    """Makes requests of what the user gives, for one model and its pages.
 
     Attributes:
-        vocabulary: how many token ids there are.
-        most_tokens: of a prompt and its completion.
-        why_never: the reason why so many tokens never fit into the pages, or None.
-        of_model: what the model says of how it generates.
+        vocab_size: how many token ids the model has.
+        max_tokens: how many tokens a prompt and its completion may have together.
+        why_never: gives the reason why so many tokens never fit into the pages, or None.
+        generation_config: the model's own, for what a request leaves open.
+        step: makes a step, for whoever waits for a request.
     """
 
-    vocabulary: int
-    most_tokens: int
+    vocab_size: int
+    max_tokens: int
     why_never: Callable[[int], str | None]
-    of_model: GenerationConfig
+    generation_config: GenerationConfig
+    step: Callable[[], bool]
 
-    def requests(
-        self,
-        prompt: Prompt,
-        config: GenerationConfig | None,
-        tokenizer: Any,
-        options: dict[str, Any],
-        step: Callable[[], bool],
+    def build(
+        self, prompt: Prompt, config: GenerationConfig | None, tokenizer: Any, options: dict[str, Any]
     ) -> list[Request]:
         """The requests for one prompt. Raises `ValueError` for what cannot be done."""
         if isinstance(prompt, str):
@@ -49,34 +47,38 @@ class Limits:
             except Exception as error:
                 raise ValueError(f"the tokenizer failed on the prompt: {error!r}") from error
         ids = self._ids(prompt)
-        chosen = Options.of(len(ids), self.of_model, config, **options)
+        chosen = Options.of(len(ids), self.generation_config, config, **options)
         if chosen.stop_strings and tokenizer is None:
             raise ValueError("stop_strings are texts: give a tokenizer.")
         # An id that the model does not have, such as -1, is the usual way to say that nothing ends it.
-        within = frozenset(one for one in chosen.stop_token_ids if 0 <= one < self.vocabulary)
+        within = frozenset(one for one in chosen.stop_token_ids if 0 <= one < self.vocab_size)
         chosen = replace(chosen, stop_token_ids=within)
         wanted = len(ids) + chosen.max_new_tokens
-        if wanted > self.most_tokens:
+        if wanted > self.max_tokens:
             raise ValueError(
                 f"{len(ids)} tokens of the prompt and max_new_tokens={chosen.max_new_tokens} are more than the "
-                f"{self.most_tokens} that the model allows (max_position_embeddings). Shorten one of them."
+                f"{self.max_tokens} that the model allows (max_position_embeddings). Shorten one of them."
             )
         if reason := self.why_never(wanted):
             raise ValueError(reason)
-        requests = [Request(ids, chosen, n, step) for n in range(chosen.num_return_sequences)]
+        decode = None
+        if chosen.stop_strings:
+            decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        requests = [Request(ids, chosen, n, self.step, decode) for n in range(chosen.num_return_sequences)]
         for request in requests:
             request.completions = tuple(requests)
         return requests
 
     def _ids(self, prompt: Any) -> list[int]:
+        """The token ids of a prompt. Raises `ValueError` if it is none, is empty, or holds ids the model lacks."""
         if hasattr(prompt, "tolist"):  # a tensor, or an array
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not all(map(_is_id, prompt)):
             raise ValueError(f"a prompt is a list of token ids, not {_short(prompt)}.")
         if not prompt:
             raise ValueError("the prompt is empty: give one token at least, such as the model's bos_token_id.")
-        if wrong := [one for one in prompt if not 0 <= one < self.vocabulary]:
-            raise ValueError(f"the prompt holds the id {wrong[0]}, and the model has 0 to {self.vocabulary - 1}.")
+        if wrong := [one for one in prompt if not 0 <= one < self.vocab_size]:
+            raise ValueError(f"the prompt holds the id {wrong[0]}, and the model has 0 to {self.vocab_size - 1}.")
         return list(map(int, prompt))
 
 

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 from .options import Options
 from .sampler import Drawn
-from .sequence import Sequence
+from .sequence import SequenceState
+
+Decode = Callable[[list[int]], str]
 
 
 class Logprobs(NamedTuple):
-    """What the model thought of one token.
+    """The log-probabilities of one token, and of those that were likeliest in its place.
 
     Attributes:
         token: the id that was chosen.
@@ -29,7 +31,12 @@ class Logprobs(NamedTuple):
 
 
 class GenerationError(RuntimeError):
-    """A completion could not be made. `tokens` are those that were; `results` what `generate` has of all prompts."""
+    """A completion could not be made.
+
+    Attributes:
+        tokens: the ids that were made until then.
+        results: what `generate` has for all prompts, if it is `generate` that raises.
+    """
 
     def __init__(self, message: str, tokens: list[int] | None = None) -> None:
         super().__init__(message)
@@ -46,17 +53,23 @@ class Request:
 
     Attributes:
         prompt: its token ids.
+        options: what was asked for.
+        completion: which of the completions of its prompt it is, from 0.
         tokens: the ids made so far, the stop token included.
-        logprobs: one for each of them, if asked for.
+        logprobs: the log-probabilities of each of the tokens, if asked for.
+        cancelled: whether `cancel` was called.
         finish_reason: "stop" (a stop token or string), "length", "cancelled" or "error"; None while it goes on.
         error: what went wrong, or None.
         submitted, times: when it was submitted and when each token came, by `time.perf_counter`.
         completions: all requests of the same prompt (`num_return_sequences` of them).
+        decode: makes text of ids where stop strings are looked for, else None.
     """
 
-    def __init__(self, prompt: list[int], options: Options, completion: int, step: Callable[[], bool]) -> None:
-        self.prompt, self.options, self.completion = prompt, options, completion
-        self.sequence = Sequence.of(prompt, options.max_new_tokens)
+    def __init__(
+        self, prompt: list[int], options: Options, completion: int, step: Callable[[], bool], decode: Decode | None
+    ) -> None:
+        self.prompt, self.options, self.completion, self.decode = prompt, options, completion, decode
+        self.sequence = SequenceState(list(prompt), len(prompt))
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.finish_reason: str | None = None
@@ -65,7 +78,7 @@ class Request:
         self.submitted, self.times = time.perf_counter(), list[float]()
         self._changed = threading.Condition()
         self._wakers: list[Callable[[], None]] = []
-        self._step, self._wanted = step, True
+        self._step, self.cancelled = step, False
 
     def __repr__(self) -> str:
         state = self.finish_reason or ("cancelled" if self.cancelled else "going on")
@@ -73,20 +86,15 @@ class Request:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether no more tokens will come."""
         return self.finish_reason is not None
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether nobody wants more."""
-        return not self._wanted
-
     def cancel(self) -> None:
-        """Want no more of it. What was made stays; others are not touched. Never waits."""
-        self._wanted = False
+        """Ask for no more tokens. Those that were made stay; other requests are not touched. Never waits."""
+        self.cancelled = True
 
     def result(self, timeout: float | None = None) -> list[int]:
-        """The token ids, once all are made; of one that was cancelled, those made until then.
+        """The token ids, once all are made; if it was cancelled, those made until then.
 
         Raises:
             TimeoutError: after `timeout` seconds; it goes on all the same.
@@ -100,7 +108,7 @@ class Request:
         return list(self.tokens)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for more tokens or the end, so many seconds at most; whether it is the end."""
+        """Wait for more tokens or the end, `timeout` seconds at most. Returns whether it is the end."""
         return self._wait(len(self.tokens), None if timeout is None else time.monotonic() + timeout)
 
     def __iter__(self) -> Iterator[int]:
@@ -143,7 +151,7 @@ class Request:
         self._raise_if_failed()
 
     def _wait(self, given: int, deadline: float | None) -> bool:
-        """Wait for more than so many tokens, for the end, or the deadline; whether it is the end."""
+        """Wait for more than `given` tokens, for the end, or the deadline. Returns whether it is the end."""
         while not self.done and len(self.tokens) <= given:
             if deadline is not None and time.monotonic() >= deadline:
                 break
@@ -161,7 +169,7 @@ class Request:
             raise GenerationError(what, list(self.tokens)) from self.error
 
     def push(self, drawn: Drawn, finish_reason: str | None) -> None:
-        """One more token, by the batcher; with why it was the last, if it was."""
+        """Append a token, and tell all who wait. The batcher calls this; `finish_reason` says why it is the last."""
         assert drawn.token is not None
         with self._changed:
             self.times.append(time.perf_counter())
@@ -171,7 +179,7 @@ class Request:
             self._notify(finish_reason)
 
     def end(self, finish_reason: str, error: BaseException | None = None) -> None:
-        """Nothing more will come, by the batcher."""
+        """Say that no more tokens will come, and tell all who wait. The batcher calls this."""
         with self._changed:
             self.error = error
             self._notify(finish_reason)

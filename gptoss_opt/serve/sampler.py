@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence as Tokens
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,30 +20,31 @@ class Draw(NamedTuple):
     """A token to be drawn for a sequence.
 
     Attributes:
-        options: of its request.
-        completion: which of the completions of its prompt it is.
-        tokens: what it has so far.
+        options: those of its request.
+        completion: which of the completions of its prompt the sequence is.
+        tokens: the tokens it has so far.
         num_generated: how many of them were generated.
     """
 
     options: Options
     completion: int
-    tokens: Tokens[int]
+    tokens: Sequence[int]
     num_generated: int
 
     @property
     def number(self) -> float:
-        """Uniform in [0, 1), and the same whatever else is in the batch."""
+        """A number uniform in [0, 1), which is the same whatever else is in the batch."""
         text = f"{self.options.seed}/{self.completion}/{self.num_generated}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big") / 2**56
 
 
 class Drawn(NamedTuple):
-    """A token that was drawn; or None, where the logits are not finite.
+    """What was drawn for a sequence.
 
     Attributes:
-        logprob: its log-probability by the model, before temperature and the like; None unless asked for.
-        likeliest: the likeliest tokens with theirs.
+        token: the id; None where the logits are not finite.
+        logprob: the log-probability of the token by the model, before temperature and the like; None unless asked for.
+        likeliest: the likeliest tokens, each with its log-probability.
     """
 
     token: int | None
@@ -51,13 +52,13 @@ class Drawn(NamedTuple):
     likeliest: tuple[tuple[int, float], ...] = ()
 
 
-def draw(logits: Tensor, draws: Tokens[Draw]) -> list[Drawn]:
-    """A token for each row of logits [B, V]; what is read back from the device is read at once."""
+def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+    """Draw a token for each row of logits [B, V]. What is read back from the device is read at once."""
     if not draws:
         return []
     largest, best = logits.max(-1)
     tokens = best
-    if any(not one.options.sampling.greedy or _shaped(one) for one in draws):
+    if not all(map(_plain, draws)):
         tokens = best.clone()
         groups: dict[Sampling, list[int]] = defaultdict(list)
         for row, one in enumerate(draws):
@@ -75,21 +76,22 @@ def draw(logits: Tensor, draws: Tokens[Draw]) -> list[Drawn]:
     if wanted:
         logprobs = logits[torch.tensor(wanted, device=logits.device)].double().log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[wanted][:, None])[:, 0].tolist()
-        most = max(draws[row].options.logprobs or 0 for row in wanted)
-        values, ids = logprobs.topk(min(most, logits.shape[-1]))
+        max_count = max(draws[row].options.logprobs or 0 for row in wanted)
+        values, ids = logprobs.topk(min(max_count, logits.shape[-1]))
         for row, logprob, top_ids, top in zip(wanted, chosen, ids.tolist(), values.tolist(), strict=True):
             count = draws[row].options.logprobs
             found[row] = Drawn(found[row].token, logprob, tuple(zip(top_ids[:count], top[:count], strict=True)))
     return found
 
 
-def _shaped(one: Draw) -> bool:
-    """Whether the logits of a greedy draw are changed before the largest is taken."""
-    return one.options.sampling.repetition_penalty is not None or one.num_generated < one.options.min_new_tokens
+def _plain(one: Draw) -> bool:
+    """Whether a draw takes the likeliest token by the logits as they are."""
+    sampling, min_new_tokens = one.options.sampling, one.options.min_new_tokens
+    return sampling.temperature is None and sampling.repetition_penalty is None and one.num_generated >= min_new_tokens
 
 
 def _shape(scores: Tensor, one: Draw) -> None:
-    """Repetition penalty (Keskar et al. 2019, CTRL, section 4.1) and least length, on the scores [V] of a sequence."""
+    """Apply a repetition penalty (Keskar et al. 2019, CTRL, section 4.1) and `min_new_tokens` to the scores [V]."""
     if penalty := one.options.sampling.repetition_penalty:
         seen = torch.tensor(sorted(set(one.tokens)), device=scores.device)
         values = scores[seen]
@@ -101,7 +103,8 @@ def _shape(scores: Tensor, one: Draw) -> None:
 def candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """The weights [B, C] of the tokens that may be drawn, not normalised, and which tokens they are (None: all).
 
-    Temperature, then top-k, then top-p (Holtzman et al. 2019), then min-p (Nguyen et al. 2024): as transformers has it.
+    Temperature comes first, then top-k, top-p (Holtzman et al. 2019) and min-p (Nguyen et al. 2024): as transformers
+    has it.
     """
     assert sampling.temperature is not None
     # The likeliest at zero: whatever the temperature, nothing overflows.
@@ -119,8 +122,8 @@ def candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     return weights, ids
 
 
-def _sample(scores: Tensor, sampling: Sampling, numbers: Tokens[float]) -> Tensor:
-    """A token [B] for each row, where the running sum of weights passes its number."""
+def _sample(scores: Tensor, sampling: Sampling, numbers: Sequence[float]) -> Tensor:
+    """Draw a token [B] for each row of scores: the one at which the running sum of weights passes the row's number."""
     weights, ids = candidates(scores, sampling)
     # A sum of many float32 that itself is float32 would lose the unlikely ones.
     sums = weights.cumsum(-1, dtype=torch.float64)

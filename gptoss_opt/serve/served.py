@@ -18,20 +18,20 @@ class Served:
     """A model that is served.
 
     Attributes:
-        attached: whether attention was put on it for that.
+        attached: whether with_flash_attention was put on the model for that.
         training: its modules that were in training mode.
-        by: who serves it; the last to let go puts everything back.
+        users: who serves it; the last one to release it puts everything back.
     """
 
-    attached: bool
-    training: list[nn.Module]
-    by: WeakSet[Any] = field(default_factory=WeakSet)
+    attached: bool = False
+    training: list[nn.Module] = field(default_factory=list[nn.Module])
+    users: WeakSet[Any] = field(default_factory=WeakSet)
 
 
 _SERVED: WeakKeyDictionary[nn.Module, Served] = WeakKeyDictionary()
 
 
-def take(model: nn.Module, by: object) -> None:
+def acquire(model: nn.Module, user: object) -> None:
     """Make a model ready to be served. Raises `CompatibilityError` if attention cannot be put on it."""
     attached = not serving.reads_pages(model)
     if attached:
@@ -39,19 +39,19 @@ def take(model: nn.Module, by: object) -> None:
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
-    served = _SERVED.setdefault(model, Served(False, []))
+    served = _SERVED.setdefault(model, Served())
     served.attached |= attached
     served.training += training
-    served.by.add(by)
+    served.users.add(user)
 
 
-def let_go(model: nn.Module, by: object) -> None:
-    """Put a model back as it was, unless others serve it too. To let go again does nothing."""
+def release(model: nn.Module, user: object) -> None:
+    """Put a model back as it was, unless others serve it too. A second release by the same user does nothing."""
     served = _SERVED.get(model)
-    if served is None or by not in served.by:
+    if served is None or user not in served.users:
         return
-    served.by.discard(by)
-    if served.by:
+    served.users.discard(user)
+    if served.users:
         return
     del _SERVED[model]
     if served.attached and with_flash_attention() in stack_of(model):

@@ -1,15 +1,15 @@
-"""What a batcher tells of its work."""
+"""The numbers that a batcher tells of its work."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 
 import torch
 
-LAST = 10_000
-"""Of so many times the percentiles are taken."""
+MAX_TIMES = 10_000
+"""How many times, the last ones, percentiles are taken of."""
 
 PERCENTILES = (50, 90, 99)
 
@@ -19,18 +19,19 @@ class Stats:
     """The work of a batcher so far. Times are in seconds; percentiles are the 50th, 90th and 99th.
 
     Attributes:
-        running, waiting: sequences.
-        finished: requests that came to their end, however.
-        tokens_in, tokens_out: computed tokens of prompts, and generated ones.
-        tokens_in_per_second, tokens_out_per_second: the same by the time spent in steps.
-        num_steps: forwards of the model.
-        pages_used, most_pages_used, num_pages: of key/value memory, now, at the most, and all.
-        kv_bytes: that all pages take.
-        prefix_tokens: tokens that were not computed, as another sequence had done so.
+        running, waiting: how many sequences run, and how many wait.
+        finished: how many requests came to their end, whether completed, cancelled or failed.
+        tokens_in, tokens_out: how many tokens of prompts were computed, and how many were generated.
+        tokens_in_per_second, tokens_out_per_second: the same, divided by the time spent in steps.
+        num_steps: how many forwards of the model were made.
+        pages_used, most_pages_used, num_pages: how many pages of key/value memory are used now, were used at the most,
+            and there are.
+        kv_bytes: how many bytes all pages take.
+        prefix_tokens: how many tokens were not computed, as another sequence had done so.
         preemptions: how often a sequence had to give its pages back.
         cuda_graphs: how many steps were captured, or why none is.
-        time_to_first_token: from submit, of the last requests.
-        time_between_tokens: of one request, of the last tokens.
+        time_to_first_token: percentiles of the time from submit to the first token, over the last requests.
+        time_between_tokens: percentiles of the time between two tokens of a request, over the last tokens.
     """
 
     running: int
@@ -64,7 +65,7 @@ def _shown(value: object) -> str:
 
 
 def percentiles(times: Collection[float]) -> dict[int, float]:
-    """Those of some times; none of none."""
+    """The `PERCENTILES` of some times, by their number; empty where there are no times."""
     if not times:
         return {}
     ranks = torch.tensor(PERCENTILES, dtype=torch.float64) / 100
@@ -74,33 +75,42 @@ def percentiles(times: Collection[float]) -> dict[int, float]:
 
 @dataclass
 class Counts:
-    """What is counted on the way."""
+    """What is counted from step to step; `Stats` says what the names mean.
+
+    Attributes:
+        seconds: the time spent in steps.
+        first: the last times to a first token.
+        between: the last times between two tokens.
+    """
 
     finished: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
     num_steps: int = 0
     seconds: float = 0.0
-    first: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
-    between: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
+    first: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMES))
+    between: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMES))
 
     @property
     def tokens_in_per_second(self) -> float:
-        """By the time spent in steps."""
+        """Tokens of prompts, divided by the time spent in steps."""
         return self.tokens_in / self.seconds if self.seconds else 0.0
 
     @property
     def tokens_out_per_second(self) -> float:
-        """By the time spent in steps."""
+        """Generated tokens, divided by the time spent in steps."""
         return self.tokens_out / self.seconds if self.seconds else 0.0
 
     def token(self, times: list[float], submitted: float) -> None:
-        """One more token of a request, by the times of all it has."""
+        """Count one more token of a request, whose tokens came at `times`."""
         self.tokens_out += 1
-        (self.between if len(times) > 1 else self.first).append(times[-1] - (times[-2] if times[1:] else submitted))
+        if len(times) > 1:
+            self.between.append(times[-1] - times[-2])
+        else:
+            self.first.append(times[-1] - submitted)
 
-    def step(self, num_prompt_tokens: Iterable[int], seconds: float) -> None:
-        """One more forward."""
+    def step(self, num_prompt_tokens: int, seconds: float) -> None:
+        """Count one more forward."""
         self.num_steps += 1
-        self.tokens_in += sum(num_prompt_tokens)
+        self.tokens_in += num_prompt_tokens
         self.seconds += seconds

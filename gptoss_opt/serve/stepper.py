@@ -14,8 +14,6 @@ from .request import GenerationError, Request
 HEARTBEAT = 10.0
 """Seconds after which ranks that wait for work are told that there is none."""
 
-Decode = Callable[[list[int]], str]
-
 
 class Stepper:
     """Makes the steps of an engine, and hands it the requests that other threads send.
@@ -30,7 +28,7 @@ class Stepper:
         self._stepping = threading.Lock()
         self._maker: int | None = None  # the thread that holds it
         self._news = threading.Condition()  # of what is below
-        self._inbox: list[tuple[Request, Decode | None]] = []
+        self._inbox: list[Request] = []
         self._thread: threading.Thread | None = None
         self._stopping = False
 
@@ -45,32 +43,32 @@ class Stepper:
         return self.engine.mesh is None or self.engine.mesh.is_first
 
     def check_open(self) -> None:
-        """Raise `GenerationError` if it is closed."""
+        """Raise `GenerationError` if no more requests are taken."""
         if self.closed is not None:
             raise GenerationError(f"the batcher is closed ({self.closed}). Make another.") from self.closed
 
-    def send(self, requests: Iterable[Request], decode: Decode | None) -> None:
+    def send(self, requests: Iterable[Request]) -> None:
         """Let requests be completed. From any thread."""
         with self._news:
             self.check_open()
             if self._stopping:
                 raise GenerationError("the batcher is being closed. Make another.")
-            self._inbox += [(request, decode) for request in requests]
+            self._inbox += requests
             self._news.notify_all()
 
     def step(self) -> bool:
-        """Make a step; False if there was nothing to do, or it is the thread's to make."""
+        """Make a step; False if there was nothing to do, or a thread in the background makes the steps."""
         self._check_apart()
         return not self.in_background and self._step()
 
     def forget(self) -> None:
-        """Between two steps, forget what the pages hold."""
+        """Between two steps, let nothing be shared of what the pages hold."""
         self._check_apart()
         with self._stepping:
             self.engine.scheduler.cache.forget(self.engine.scheduler.running)
 
     def start(self) -> None:
-        """Let a thread make the steps; on other ranks than the first, it follows."""
+        """Let a thread make the steps, or follow the first rank's."""
         self.check_open()
         if self._thread is not None:
             raise RuntimeError("the batcher has been entered already.")
@@ -78,7 +76,7 @@ class Stepper:
         self._thread.start()
 
     def lead(self, call: Callable[[], list[Any]]) -> list[Any]:
-        """What `call` returns, which other ranks get from `follow`, or its error."""
+        """Return what `call` returns, or raise what it raises; other ranks get the same from `follow`."""
         # Whatever closes this rank closes the others: none waits for an answer.
         self.check_open()
         answer = Answer()
@@ -94,10 +92,10 @@ class Stepper:
             raise
         finally:
             if not self.in_background:
-                self.engine.dismiss(answer)
+                self.engine.tell(answer)
 
     def follow(self) -> list[Any]:
-        """What the first rank's call returns; meanwhile, compute what it says."""
+        """Compute what the first rank says until its call ends; return what that returns, or raise what it raises."""
         self.check_open()
         try:
             answer = self.engine.follow()
@@ -111,7 +109,7 @@ class Stepper:
         return list(answer.result)
 
     def close(self, error: GenerationError, *, wait: bool) -> None:
-        """Take no more; what was sent comes to its end if asked to `wait`, else ends with the error.
+        """Take no more requests. Those that were sent come to their end if asked to `wait`, else end with the error.
 
         Raises `GenerationError` where this rank followed, and failed.
         """
@@ -126,12 +124,12 @@ class Stepper:
             pass
         failed = self.closed
         self._fail(error)
-        self.engine.free()
+        self.engine.runner.free()
         if thread is not None:
             thread.join()
             self._thread = None
             if self.leads:
-                self.engine.dismiss(Answer())
+                self.engine.tell(Answer())
             elif failed is not None:
                 self.check_open()
 
@@ -162,8 +160,8 @@ class Stepper:
             if self.closed is not None:
                 return False
             arrived, self._inbox = self._inbox, []
-        for request, decode in arrived:
-            self.engine.add(request, decode)
+        for request in arrived:
+            self.engine.add(request)
         return self.engine.step()
 
     def _loop(self) -> None:
@@ -180,7 +178,7 @@ class Stepper:
                     break
                 in_vain = not self._news.wait(HEARTBEAT)
             if in_vain:
-                self.engine.idle()
+                self.engine.tell(None)
 
     def _follow(self) -> None:
         try:
@@ -189,12 +187,12 @@ class Stepper:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Nothing goes on, and nothing is taken any more. Waits for a step that is being made."""
+        """End all requests with an error, and take no more. Waits for a step that is being made."""
         with self._news:
             self.closed = self.closed or error
             arrived, self._inbox = self._inbox, []
             self._news.notify_all()
-        for request, _ in arrived:
+        for request in arrived:
             request.end("error", error)
         with self._stepping:
             self.engine.fail(error)
@@ -202,7 +200,7 @@ class Stepper:
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C raises after this, not within, where it would leave things half done; a second one raises at once."""
+    """Let Ctrl-C raise at the end of the block, so that nothing is left half done; a second one raises at once."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

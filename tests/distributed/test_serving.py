@@ -35,7 +35,7 @@ def served(name: str) -> dict[str, Any]:
     before = len(stack_of(model))
     batcher = ContinuousBatcher(model, max_num_sequences=3, max_batch_tokens=32, kv_memory=1 << 20)
     leads = batcher._stepper.leads
-    found: dict[str, Any] = {"heads": batcher._stepper.engine.runner.keys[0].shape[1]}
+    found: dict[str, Any] = {"heads": batcher._stepper.engine.runner.memory.keys[0].shape[1]}
     # What the others ask for does not matter.
     found["generate"] = batcher.generate(PROMPTS if leads else [[1]], max_new_tokens=NEW, progress=False)
     with pytest.raises(ValueError, match="prompt 0: the prompt is empty"):

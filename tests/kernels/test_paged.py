@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from gptoss_opt.kernels import native
-from gptoss_opt.kernels.attention import Chunk, Paged, Rules, Visible, paged_attention, paged_native
-from gptoss_opt.kernels.attention import paged as paged_kernels
+from gptoss_opt.kernels.attention import Rules, Visible
 from gptoss_opt.kernels.attention.impl.reference import reference_attention
+from gptoss_opt.kernels.paged_attention import Chunk, Paged, blocks_for, paged_attention
+from gptoss_opt.kernels.paged_attention.impl import native as paged_native
+from gptoss_opt.kernels.paged_attention.impl.torch import decode
 
 SETS = range(4) if native.why_not("cpu", torch.float32) else range(native.library().best + 1)
 native_only = pytest.mark.skipif(
@@ -30,7 +32,7 @@ class Problem(NamedTuple):
 
     def of_row(self, row: int, x: Tensor) -> Tensor:
         """The keys or values [N, S, D] of a sequence, from its first."""
-        pages = x[self.paged.tables[row].long()].transpose(0, 1).flatten(1, 2)
+        pages = x[self.paged.block_table[row].long()].transpose(0, 1).flatten(1, 2)
         return pages[:, self.firsts[row] : self.lengths[row]]
 
     def expected(self, scale: float, window: int | None) -> Tensor:
@@ -63,7 +65,7 @@ def problem(
             page, place = int(tables[row, token // page_size]), token % page_size
             for x in (keys, values):
                 x[page, :, place] = torch.randn(num_kv_heads, dim, generator=generator).to(dtype)
-    as_int = {"dtype": torch.int32}
+    context_lens = torch.tensor(lengths, dtype=torch.int32)
     nowhere = torch.zeros(0, dtype=torch.int64)
     paged = Paged(
         {0: keys},
@@ -71,10 +73,11 @@ def problem(
         nowhere,
         nowhere,
         tables,
-        torch.tensor(firsts, **as_int),
-        torch.tensor(lengths, **as_int),
+        torch.tensor(firsts, dtype=torch.int32),
+        context_lens,
         (),
         "torch",
+        blocks_for("native", context_lens, (), num_heads // num_kv_heads),
     )
     q = torch.randn(len(lengths), num_heads, dim, generator=generator).to(dtype)
     return Problem(q, torch.randn(num_heads, generator=generator), paged, [*lengths], [*firsts])
@@ -87,7 +90,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_decode_in_plain_operations(dtype: torch.dtype, window: int | None) -> None:
     one = problem(dtype)
-    found = paged_kernels.decode(one.q, one.sinks, one.paged, 0, 0.2, window)
+    keys, values = one.paged.keys[0], one.paged.values[0]
+    found = decode(one.q, keys, values, one.sinks, one.paged, 0.2, window)
     assert torch.allclose(found.double(), one.expected(0.2, window), atol=TOLERANCE[dtype], rtol=0)
     assert not torch.allclose(found.double(), one.expected(0.2, 5), atol=1e-3)
 
@@ -149,15 +153,17 @@ def test_packed_queries_see_their_own_sequence(window: int | None, backend: str,
     tokens = [t for row, count in new.items() for t in range(base.lengths[row] - count, base.lengths[row])]
     k, v = (torch.cat([whole[row][n][:, new_ones[row] :] for row in new], 1).transpose(0, 1) for n in range(2))
     q = torch.randn(len(rows), heads, dim, dtype=dtype)
-    table = base.paged.tables.long()
+    table = base.paged.block_table.long()
     pages, places = table[rows, torch.tensor(tokens) // size], torch.tensor(tokens) % size
     for x in (keys, values):
         x[pages, :, places] = torch.nan  # they are stored by the call
+    prompts = (Chunk(2, 9, 7, 0), Chunk(9, 20, 30, 0), Chunk(20, 33, 300, 2))
     paged = base.paged._replace(
         pages=pages,
         places=places,
-        chunks=(Chunk(2, 9, 7, 0), Chunk(9, 20, 30, 0), Chunk(20, 33, 300, 2)),
+        chunks=prompts,
         backend=backend,
+        blocks=blocks_for(backend, base.paged.context_lens, prompts, 4),
     )
     as_row = (x.transpose(0, 1)[None] for x in (q, k, v))
     found = paged_attention(*as_row, base.sinks, paged=paged, layer=0, scale=0.2, window=window, backend=chunks)

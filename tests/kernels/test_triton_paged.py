@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gptoss_opt.kernels.attention import paged_triton
-from gptoss_opt.kernels.attention.paged import choose_backend
+from gptoss_opt.kernels.paged_attention import choose_backend
+from gptoss_opt.kernels.paged_attention.impl import triton as paged_triton
 from tests.kernels.test_paged import problem
 from tests.kernels.triton_apart import DEVICE, SHARED_MEMORY, compiled, in_a_process_of_its_own, needs_triton
 
@@ -42,7 +42,9 @@ SHAPES: list[dict[str, Any]] = [
 def check_decode(shape: int, window: int | None, dtype: torch.dtype) -> None:
     one = problem(dtype, **SHAPES[shape])
     paged = one.paged._replace(
-        tables=one.paged.tables.to(DEVICE), firsts=one.paged.firsts.to(DEVICE), lengths=one.paged.lengths.to(DEVICE)
+        block_table=one.paged.block_table.to(DEVICE),
+        context_starts=one.paged.context_starts.to(DEVICE),
+        context_lens=one.paged.context_lens.to(DEVICE),
     )
     keys, values = (x[0].to(DEVICE) for x in (one.paged.keys, one.paged.values))
     found = paged_triton.decode(one.q.to(DEVICE), keys, values, one.sinks.to(DEVICE), paged, 0.2, window)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from gptoss_opt.serve.cache import Cache, Group
 from gptoss_opt.serve.pages import NOWHERE
 from gptoss_opt.serve.scheduler import Scheduler, Work
-from gptoss_opt.serve.sequence import Sequence
+from gptoss_opt.serve.sequence import SequenceState
 
 VOCABULARY = 7
 GARBAGE = 0xBAD
@@ -42,6 +42,33 @@ def next_token(tokens: list[int], pattern: str, window: int) -> int:
     return hidden[-1] % VOCABULARY
 
 
+@dataclass(eq=False)
+class Completion(SequenceState):
+    """A sequence that is to have `max_tokens` tokens; none are wanted of one that was cancelled."""
+
+    max_tokens: int = 0
+
+    @classmethod
+    def of(cls, prompt: list[int], max_new_tokens: int) -> Completion:
+        """One that has only its prompt."""
+        return cls(list(prompt), len(prompt), max_tokens=len(prompt) + max_new_tokens)
+
+    @property
+    def generated(self) -> list[int]:
+        """What was generated so far."""
+        return self.tokens[self.prompt_length :]
+
+
+def pages_of(sequence: SequenceState) -> list[int]:
+    """The pages that a sequence uses, of all groups."""
+    return [page for table in sequence.block_tables for page in table if page != NOWHERE]
+
+
+def is_last(work: Work) -> bool:
+    """Whether a token is sampled after the tokens of a piece of work."""
+    return work.num_tokens == work.sequence.remaining
+
+
 @dataclass
 class Machine:
     """A scheduler whose steps are computed by the model of numbers.
@@ -69,9 +96,9 @@ class Machine:
         assert len(self.scheduler.running) <= self.scheduler.max_num_sequences
         self.check_pages()
         computed = [self._compute(work) for work in works]
-        sampled = [(work.sequence, token) for work, token in zip(works, computed, strict=True) if work.samples]
+        sampled = [(work.sequence, token) for work, token in zip(works, computed, strict=True) if is_last(work)]
         for work in works:
-            self.scheduler.advance(work)
+            self.scheduler.cache.advance(*work)
         self.check_pages()
         for sequence, token in sampled:
             sequence.tokens.append(token)
@@ -85,7 +112,7 @@ class Machine:
         places = {layer: (g, n) for g, group in enumerate(cache.groups) for n, layer in enumerate(group.layers)}
         for layer in range(len(self.pattern)):
             g, n = places[layer]
-            window, table = cache.groups[g].window, sequence.tables[g]
+            window, table = cache.groups[g].window, sequence.block_tables[g]
             for t in tokens:
                 shared = window is None and t < sequence.write_from
                 if not shared or self.broken == "writes shared":
@@ -95,6 +122,7 @@ class Machine:
                 oldest = cache.groups[g].oldest_seen(t)
                 if window is not None and self.broken != "forgets first":
                     oldest = max(oldest, sequence.first)
+                assert NOWHERE not in table[oldest // size : t // size + 1], "a key is looked for where none is kept"
                 seen = [self.memory.get((table[s // size], s % size, n), GARBAGE) for s in range(oldest, t + 1)]
                 outputs[t] = mixed(hidden[t], *seen)
             hidden = outputs
@@ -103,15 +131,15 @@ class Machine:
     def check_pages(self) -> None:
         """Counts are those of the tables; a page in two tables is full, and holds the same tokens in both."""
         cache, running = self.scheduler.cache, self.scheduler.running
-        counted = Counter(page for sequence in running for page in sequence.pages)
+        counted = Counter(page for sequence in running for page in pages_of(sequence))
         users = cache.pages.users
         assert {page: number for page, number in enumerate(users) if number} == dict(counted)
         assert cache.pages.num_used == len(counted)
-        assert not any(sequence.pages for sequence in self.scheduler.waiting)
+        assert not any(pages_of(sequence) for sequence in self.scheduler.waiting)
         holds: dict[int, tuple[int, ...]] = {}
         size = cache.page_size
         for sequence in running:
-            for g, table in enumerate(sequence.tables):
+            for g, table in enumerate(sequence.block_tables):
                 for n, page in enumerate(table):
                     if page == NOWHERE or counted[page] == 1:
                         continue
@@ -119,9 +147,9 @@ class Machine:
                     assert len(content) == 1 + (n + 1) * size, "a page that is not full is shared"
                     assert holds.setdefault(page, content) == content
 
-    def check_window(self, sequence: Sequence) -> None:
+    def check_window(self, sequence: SequenceState) -> None:
         """Sliding layers keep the pages of their last window, and no others."""
         cache = self.scheduler.cache
-        for group, table in zip(cache.groups, sequence.tables, strict=True):
+        for group, table in zip(cache.groups, sequence.block_tables, strict=True):
             behind = group.oldest_seen(sequence.num_computed) // cache.page_size
             assert all(page == NOWHERE for page in table[:behind])

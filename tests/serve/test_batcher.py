@@ -26,6 +26,8 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
+from gptoss_opt.kernels import native
+from gptoss_opt.kernels.paged_attention.impl import native as paged_native
 from gptoss_opt.serve.options import Options, Sampling
 from gptoss_opt.serve.sampler import Draw, candidates, draw
 from tests.helpers import GOLDEN, ids, tiny_model
@@ -59,12 +61,24 @@ def test_greedy_is_generate(name: str, serve: Serve, prompts: Prompts, expected:
 
 def test_generate_would_notice_other_pages(serve: Serve, prompts: Prompts, expected: Prompts) -> None:
     batcher = serve()
-    runner = batcher._stepper.engine.runner
-    runner.tables.pages = runner.tables.pages.new_full(runner.tables.pages.shape, 1)
-    wrong = batcher._stepper.engine.runner.tables
+    wrong = batcher._stepper.engine.runner.memory
+    wrong.block_tables = wrong.block_tables.new_full(wrong.block_tables.shape, 1)
     told = type(wrong).inputs
-    wrong.inputs = lambda batch: told(wrong, type(batch)(batch.decoding, batch.chunks, batch.last, ((), ())))
+    wrong.inputs = lambda batch: told(wrong, batch._replace(new_pages=[]))
     assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) != expected
+
+
+@pytest.mark.skipif(native.why_not("cpu", torch.float32) is not None, reason="the native library is not built here")
+def test_units_of_work_are_worked_out_once_a_step(
+    serve: Serve, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    inner = paged_native.blocks_of
+    monkeypatch.setattr(paged_native, "blocks_of", lambda *args: (calls.append(args), inner(*args))[1])
+    batcher = serve(tiny_model())
+    assert batcher.model.config.num_hidden_layers == 3
+    batcher.generate(prompts, max_new_tokens=4, progress=False)
+    assert len(calls) == batcher.stats().num_steps
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_a_closed_batcher_holds_no_pages(serve: Serve, prompts: Prompts) -> None
     batcher = serve()
     request = batcher.submit(prompts[0], max_new_tokens=2)
     request.result()
-    pages = weakref.ref(batcher._stepper.engine.runner.keys[0])
+    pages = weakref.ref(batcher._stepper.engine.runner.memory.keys[0])
     batcher.close()
     assert pages() is None
     assert len(request.tokens) == 2
@@ -319,7 +319,7 @@ def test_captured_steps_are_the_same(serve: Serve, prompts: Prompts, expected: P
         captured.append(run)
         return run
 
-    runner.backend = "torch"
+    runner.memory.backend = "torch"
     runner.graphs = DecodeGraphs(runner.forward, 6, capture)
     assert batcher.generate(prompts, max_new_tokens=NEW, progress=False) == expected
     rows = {key[0] for key in runner.graphs._made}

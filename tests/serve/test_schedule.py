@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from gptoss_opt.serve.cache import Cache
 from gptoss_opt.serve.scheduler import Scheduler, shares
-from gptoss_opt.serve.sequence import Sequence
-from tests.serve.symbolic import VOCABULARY, Machine, groups_of, next_token
+from tests.serve.symbolic import VOCABULARY, Completion, Machine, groups_of, next_token
 
 PATTERNS = ("sf", "sfsf", "f", "s", "ssf", "ffs")
 
@@ -27,7 +26,7 @@ def machine(draw: st.DataObject, coming: list[tuple[int, list[int], int]], patte
     """One with hardly more pages than the largest sequence needs."""
     page_size, rows = draw.draw(st.integers(1, 6)), draw.draw(st.integers(1, 5))
     budget = draw.draw(st.integers(rows, 20))
-    most = Cache(1, groups_of(pattern, window), page_size).most_pages
+    most = Cache(1, groups_of(pattern, window), page_size).max_pages
     num_pages = max(most(len(prompt) + new - 1) for _, prompt, new in coming) + draw.draw(st.integers(0, 12))
     return Machine.of(pattern, window, num_pages=num_pages, page_size=page_size, rows=rows, budget=budget)
 
@@ -42,10 +41,12 @@ def arrivals(draw: st.DataObject) -> list[tuple[int, list[int], int]]:
     return made
 
 
-def run(one: Machine, coming: list[tuple[int, list[int], int]], cancel: random.Random | None = None) -> list[Sequence]:
+def run(
+    one: Machine, coming: list[tuple[int, list[int], int]], cancel: random.Random | None = None
+) -> list[Completion]:
     """Let sequences arrive and be computed to their end; returns those that were not cancelled."""
     assert not any(one.scheduler.why_never(len(prompt) + new) for _, prompt, new in coming)
-    pending = sorted(((at, Sequence.of(prompt, new)) for at, prompt, new in coming), key=lambda item: item[0])
+    pending = sorted(((at, Completion.of(prompt, new)) for at, prompt, new in coming), key=lambda item: item[0])
     sequences = [sequence for _, sequence in pending]
     for step in range(3000):
         while pending and pending[0][0] <= step:
@@ -106,13 +107,32 @@ def test_the_last_window_is_built_anew_where_only_full_pages_are_left() -> None:
     assert one.scheduler.num_shared == 20
 
 
-@pytest.mark.parametrize("broken", ["writes shared"])
-def test_the_model_of_numbers_notices(broken: str) -> None:
-    one, prefix = rebuilding(broken)
+def test_the_model_of_numbers_notices_writes_to_shared_pages() -> None:
+    one, prefix = rebuilding("writes shared")
     run(one, [(0, [*prefix, 2, 3], 5)])
     # The second user of the pages reads what the first has spoiled.
     (sequence,) = run(one, [(0, [*prefix, 4], 5)])
     assert sequence.generated != expected([*prefix, 4], 5, "sfs", 3)
+
+
+def test_the_model_of_numbers_notices_reads_of_keys_that_are_not_there() -> None:
+    one, prefix = rebuilding("forgets first")
+    with pytest.raises(AssertionError, match="a key is looked for where none is kept"):
+        run(one, [(0, [*prefix, 2, 3], 5)])
+
+
+def test_what_is_built_anew_is_shared_only_where_it_is_right() -> None:
+    one, prefix = rebuilding()
+    run(one, [(0, [*prefix, 2, 3], 5)])
+    # It began at token 20, and the keys of the upper sliding layer are right from token 22 on. Whoever goes on there
+    # sees tokens 20 and 21, too, and must compute them from further back.
+    other = [*prefix[:22], (prefix[22] + 1) % VOCABULARY, 5]
+    (sequence,) = run(one, [(0, other, 5)])
+    assert sequence.generated == expected(other, 5, "sfs", 3)
+    # What is right is used: the window before token 24.
+    one.scheduler.num_shared = 0
+    run(one, [(0, [*prefix, 4], 5)])
+    assert one.scheduler.num_shared == 24
 
 
 def test_the_depth_that_is_rebuilt_is_the_least_that_will_do() -> None:
@@ -146,7 +166,7 @@ def test_shares_use_the_whole_budget(lengths: list[int], budget: int) -> None:
 
 def test_a_short_prompt_begins_while_a_long_one_is_computed() -> None:
     one = Machine.of("sf", 4, num_pages=400, page_size=4, rows=4, budget=32)
-    long, short = Sequence.of([1] * 400, 1), Sequence.of([2] * 8, 1)
+    long, short = Completion.of([1] * 400, 1), Completion.of([2] * 8, 1)
     one.scheduler.add(long)
     one.step()
     one.scheduler.add(short)
@@ -157,7 +177,7 @@ def test_a_short_prompt_begins_while_a_long_one_is_computed() -> None:
 
 def test_the_oldest_goes_first_when_pages_run_out() -> None:
     one = Machine.of("f", 1, num_pages=6, page_size=2, rows=3, budget=16)
-    first, second = Sequence.of([1, 2, 3], 9), Sequence.of([4, 5, 6], 9)
+    first, second = Completion.of([1, 2, 3], 9), Completion.of([4, 5, 6], 9)
     one.scheduler.add(first)
     one.scheduler.add(second)
     while len(first.tokens) < first.max_tokens:
@@ -165,6 +185,14 @@ def test_the_oldest_goes_first_when_pages_run_out() -> None:
     assert one.scheduler.num_preemptions
     assert len(second.tokens) < second.max_tokens
     assert second in one.scheduler.waiting
+
+
+def test_nobody_begins_with_a_page_that_another_needs_soon() -> None:
+    one = Machine.of("f", 1, num_pages=3, page_size=2, rows=2, budget=16)
+    first, second = run(one, [(0, [1, 2, 3], 3), (1, [4, 5], 3)])
+    assert one.scheduler.num_preemptions == 0
+    assert first.generated == expected([1, 2, 3], 3, "f", 1)
+    assert second.generated == expected([4, 5], 3, "f", 1)
 
 
 def test_what_never_fits_is_told_with_the_numbers() -> None:

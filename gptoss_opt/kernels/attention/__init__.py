@@ -9,20 +9,14 @@ from torch.autograd import forward_ad
 from .backends import BACKENDS, KERNELS, AttentionRequest
 from .impl.reference import reference_attention
 from .op import sink_attention
-from .paged import Chunk, Paged, choose_backend, decode, store
-from .paged_native import attend
 from .visible import Rules, Visible, starts_from_cu_seq_lens, starts_from_positions
 
 __all__ = [
     "BACKENDS",
     "AttentionRequest",
-    "Chunk",
-    "Paged",
     "Rules",
     "Visible",
     "attention",
-    "choose_backend",
-    "paged_attention",
     "starts_from_cu_seq_lens",
     "starts_from_positions",
 ]
@@ -85,52 +79,6 @@ def attention(
         return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
     # The operator is for autograd and tracing; without either, a decode step need not pay for it.
     return KERNELS[backend].forward(q, k, v, sinks, rules)[0]
-
-
-def paged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    *,
-    paged: Paged,
-    layer: int,
-    scale: float,
-    window: int | None = None,
-    backend: str = "torch",
-) -> Tensor:
-    """Attention with sinks of packed queries whose keys and values lie in pages; it stores the new ones there first.
-
-    No gradients. Nothing is padded: the queries of all sequences lie end to end.
-
-    Args:
-        q: [1, num_heads, T, head_dim].
-        k: [1, num_kv_heads, T, head_dim]; v likewise.
-        sinks: [num_heads].
-        paged: what each query sees.
-        layer: the number of the layer, whose pages are used.
-        scale: what the logits are multiplied with.
-        window: how many keys a query sees, itself included; None sees all.
-        backend: the name of one of `BACKENDS`, for chunks where `paged.backend` does not serve them.
-
-    Returns:
-        [1, T, num_heads, head_dim], in q's dtype.
-    """
-    queries, new_keys, new_values = (x[0].transpose(0, 1) for x in (q, k, v))
-    store(paged, layer, new_keys, new_values)
-    keys, values = paged.keys[layer], paged.values[layer]
-    if paged.backend == "native":
-        return attend(queries, keys, values, sinks, paged, scale, window)[None]
-    decoding, num_rows = paged.decoding, len(paged.tables) - len(paged.chunks)
-    parts = [decode(queries[:num_rows], sinks, decoding, layer, scale, window)] if num_rows else []
-    for number, chunk in enumerate(paged.chunks):
-        rows = slice(chunk.begin, chunk.end)
-        mine_k, mine_v = k[:, :, rows], v[:, :, rows]
-        if chunk.length > chunk.end - chunk.begin:
-            mine_k, mine_v = (paged.seen_by(number, x, window)[None] for x in (keys, values))
-        mine = attention(q[:, :, rows], mine_k, mine_v, sinks, scale=scale, window=window, backend=backend)
-        parts.append(mine[0].transpose(0, 1))
-    return torch.cat(parts)[None]
 
 
 def _check_derivatives(visible: Visible) -> None:

@@ -41,12 +41,12 @@ class Matrices(ctypes.Structure):
         return matrices
 
 
-class Paged(ctypes.Structure):
-    """Attention on pages as the library takes it, by addresses: see paged.h."""
+class PagedArguments(ctypes.Structure):
+    """The arguments of attention on pages as the library takes them, by addresses: see paged.h."""
 
     _fields_ = (
-        *((name, _P) for name in ("q", "keys", "values", "sinks", "tables", "firsts", "blocks", "out")),
-        *((name, _LONG) for name in ("heads", "kv_heads", "head_dim", "width", "page_size", "window", "most_rows")),
+        *((name, _P) for name in ("q", "keys", "values", "sinks", "block_table", "context_starts", "blocks", "out")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "head_dim", "width", "page_size", "window", "max_rows")),
         ("scale", ctypes.c_float),
         ("half", _INT),
     )
@@ -114,7 +114,7 @@ def _load(path: str) -> Library:
     ]
     functions.gptoss_swiglu.argtypes = [_INT, _INT, _P, _P, _P, _LONG, _DOUBLE, _DOUBLE, _P, _INT]
     functions.gptoss_unpack.argtypes = [_INT, _P, _P, _P, _LONG, _P, _INT]
-    functions.gptoss_paged_attention.argtypes = [_INT, ctypes.POINTER(Paged), _LONG, _P, _INT]
+    functions.gptoss_paged_attention.argtypes = [_INT, ctypes.POINTER(PagedArguments), _LONG, _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
     return Library(functions, functions.gptoss_init(), _fork_join())
 

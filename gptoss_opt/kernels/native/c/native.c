@@ -237,9 +237,10 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
     return status;
 }
 
-/* Attention of `num_blocks` blocks of queries on keys and values in pages: see Paged, whose fields these are. head_dim is
- * a multiple of 16. Returns 0, or -1 if there is no memory. */
-int gptoss_paged_attention(int which, const Paged *paged, long num_blocks, fork_join parallel, int num_threads) {
+/* Attention of `num_blocks` blocks of queries on keys and values in pages. head_dim is a multiple of 16. Returns 0, or
+ * -1 if there is no memory. */
+int gptoss_paged_attention(int which, const PagedArguments *paged, long num_blocks, fork_join parallel,
+                           int num_threads) {
     const Team team = {parallel, num_threads};
     Job job = {.unit = implementation(which).paged,
                .arguments = paged,

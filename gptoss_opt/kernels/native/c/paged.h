@@ -8,18 +8,18 @@
 #include "float32.h"
 
 typedef struct {
-    const void *q;               /* [T, H, D] */
-    const void *keys, *values;   /* [pages, N, page_size, D] */
-    const float *sinks;          /* [H] */
-    const int32_t *tables;       /* [R, width]: the pages of each sequence */
-    const int32_t *firsts;       /* [R]: its first token whose key there is */
-    const int32_t *blocks;       /* [B, 4]: sequence, first query, how many, the token that the first query is */
-    void *out;                   /* [T, H, D] */
+    const void *q;                 /* [T, H, D] */
+    const void *keys, *values;     /* [pages, N, page_size, D] */
+    const float *sinks;            /* [H] */
+    const int32_t *block_table;    /* [R, width]: the pages of each sequence */
+    const int32_t *context_starts; /* [R]: its first token whose key is in the pages */
+    const int32_t *blocks;         /* [B, 4]: sequence, first query, how many, the token that the first query is */
+    void *out;                     /* [T, H, D] */
     long heads, kv_heads, head_dim, width, page_size, window; /* window 0: all keys */
-    long most_rows;              /* of a unit */
+    long max_rows;                 /* of a unit */
     float scale;
     int half;
-} Paged;
+} PagedArguments;
 
 enum { KEYS = 64 }; /* looked at at a time */
 
@@ -76,12 +76,12 @@ INLINE void transpose(Floats *s) {
 
 enum { FEW = 8 }; /* rows from which on it pays to transpose the keys */
 
-static size_t paged_scratch(const Paged *p) {
-    return (size_t)(p->most_rows * (2 * p->head_dim + KEYS + LANES + 1) + LANES * p->head_dim) * sizeof(float);
+static size_t paged_scratch(const PagedArguments *p) {
+    return (size_t)(p->max_rows * (2 * p->head_dim + KEYS + LANES + 1) + LANES * p->head_dim) * sizeof(float);
 }
 
 /* Where the next up to KEYS keys of a head are, from token `at` to `end`, and how many they are. */
-INLINE long paged_places(const Paged *p, const int32_t *table, long at, long end, long kv_head, long *places) {
+INLINE long paged_places(const PagedArguments *p, const int32_t *table, long at, long end, long kv_head, long *places) {
     const long count = at >= end ? 0 : end - at < KEYS ? end - at : KEYS;
     long page = at / p->page_size, place = at % p->page_size;
     for (long j = 0; j < count; j++) {
@@ -93,7 +93,7 @@ INLINE long paged_places(const Paged *p, const int32_t *table, long at, long end
 }
 
 /* Ask for them: what lies in pages the processor does not foresee. */
-INLINE void paged_fetch(const Paged *p, const void *from, const long *places, long count, int half) {
+INLINE void paged_fetch(const PagedArguments *p, const void *from, const long *places, long count, int half) {
     const long item = half ? 2 : 4, bytes = p->head_dim * item;
     for (long j = 0; j < count; j++)
         for (long at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)from + places[j] * item + at);
@@ -111,8 +111,8 @@ INLINE void paged_logits_of(const float *kt, const float *q, const int count, lo
 }
 
 /* The logits of 16 keys, `places` of p->keys, for each of the rows of q. */
-INLINE void paged_logits(const Paged *p, const long *places, const float *q, long rows, float *tile, float *logits,
-                         int half) {
+INLINE void paged_logits(const PagedArguments *p, const long *places, const float *q, long rows, float *tile,
+                         float *logits, int half) {
     const long dim = p->head_dim;
     if (rows >= FEW) {
         for (long d = 0; d < dim; d += LANES) {
@@ -140,11 +140,11 @@ INLINE void paged_logits(const Paged *p, const long *places, const float *q, lon
 
 /* From the logits of KEYS keys to their weights, and what was seen before is scaled to the same largest logit. */
 INLINE void paged_softmax(float *logits, float *largest, float *totals, float *sum, long dim) {
-    float most[LANES], before = *largest;
-    for (long i = 0; i < LANES; i++) most[i] = before;
+    float maxima[LANES], before = *largest;
+    for (long i = 0; i < LANES; i++) maxima[i] = before;
     for (long j = 0; j < KEYS; j += LANES)
-        for (long i = 0; i < LANES; i++) most[i] = logits[j + i] > most[i] ? logits[j + i] : most[i];
-    for (long i = 0; i < LANES; i++) *largest = most[i] > *largest ? most[i] : *largest;
+        for (long i = 0; i < LANES; i++) maxima[i] = logits[j + i] > maxima[i] ? logits[j + i] : maxima[i];
+    for (long i = 0; i < LANES; i++) *largest = maxima[i] > *largest ? maxima[i] : *largest;
     const float now = *largest, less = exponential(before - now);
     for (long i = 0; i < LANES; i++) totals[i] *= less;
     for (long j = 0; j < KEYS; j += LANES)
@@ -156,7 +156,7 @@ INLINE void paged_softmax(float *logits, float *largest, float *totals, float *s
 }
 
 /* The weighted values of `count` keys, added to the sums of some rows: `width` vectors of them at a time. */
-INLINE void paged_values_of(const Paged *p, const long *places, long count, const float *weights, float *sum,
+INLINE void paged_values_of(const PagedArguments *p, const long *places, long count, const float *weights, float *sum,
                             const int rows, const int width, int half) {
     const long dim = p->head_dim;
     for (long d = 0; d < dim; d += width * LANES) {
@@ -172,8 +172,8 @@ INLINE void paged_values_of(const Paged *p, const long *places, long count, cons
     }
 }
 
-INLINE void paged_values(const Paged *p, const long *places, long count, const float *weights, float *sum, long rows,
-                         int half) {
+INLINE void paged_values(const PagedArguments *p, const long *places, long count, const float *weights, float *sum,
+                         long rows, int half) {
     const long dim = p->head_dim;
     const int pairs = dim % (2 * LANES) == 0;
     long r = 0;
@@ -184,7 +184,7 @@ INLINE void paged_values(const Paged *p, const long *places, long count, const f
     for (; r < rows; r++) paged_values_of(p, places, count, weights + r * KEYS, sum + r * dim, 1, 1, half);
 }
 
-INLINE void paged_block(const Paged *p, long index, float *scratch, int half) {
+INLINE void paged_block(const PagedArguments *p, long index, float *scratch, int half) {
     const long dim = p->head_dim, group = p->heads / p->kv_heads, kv_head = index % p->kv_heads;
     const int32_t *block = p->blocks + index / p->kv_heads * 4;
     const long sequence = block[0], query = block[1], rows = block[2] * group, start = block[3];
@@ -199,8 +199,8 @@ INLINE void paged_block(const Paged *p, long index, float *scratch, int half) {
         largest[r] = p->sinks[head];
         for (long i = 0; i < LANES; i++) totals[r * LANES + i] = i == 0;
     }
-    const int32_t *table = p->tables + sequence * p->width;
-    const long first = p->firsts[sequence], end = start + block[2];
+    const int32_t *table = p->block_table + sequence * p->width;
+    const long first = p->context_starts[sequence], end = start + block[2];
     const long begin = p->window && start + 1 - p->window > first ? start + 1 - p->window : first;
     long both[2][KEYS], count = paged_places(p, table, begin, end, kv_head, both[0]);
     paged_fetch(p, p->keys, both[0], count, half);
@@ -226,6 +226,6 @@ INLINE void paged_block(const Paged *p, long index, float *scratch, int half) {
     }
 }
 
-INLINE void paged_unit(const Paged *p, long index, float *scratch) {
+INLINE void paged_unit(const PagedArguments *p, long index, float *scratch) {
     p->half ? paged_block(p, index, scratch, 1) : paged_block(p, index, scratch, 0);
 }

@@ -15,9 +15,9 @@ def decode_kernel(
     q_ptr,
     keys_ptr,
     values_ptr,
-    tables_ptr,
-    firsts_ptr,
-    lengths_ptr,
+    block_table_ptr,
+    context_starts_ptr,
+    context_lens_ptr,
     sums_ptr,
     largest_ptr,
     totals_ptr,
@@ -36,7 +36,7 @@ def decode_kernel(
     """One part of the keys of one sequence, for the query heads of one key/value head: the sum of values by their
     weights, the largest logit, and the total of the weights. HEADS and DIMS are GROUP and DIM as wide as a tile."""
     row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length, oldest = tl.load(lengths_ptr + row), tl.load(firsts_ptr + row)
+    length, oldest = tl.load(context_lens_ptr + row), tl.load(context_starts_ptr + row)
     oldest = tl.maximum(oldest, tl.where(window > 0, length - window, 0))
     each = tl.cdiv(tl.cdiv(length - oldest, num_parts), KEYS) * KEYS
     begin = oldest + part * each
@@ -52,20 +52,20 @@ def decode_kernel(
     for at in range(begin, end, KEYS):
         token = at + tl.arange(0, KEYS)
         there = token < end
-        page = tl.load(tables_ptr + row.to(tl.int64) * width + token // PAGE, mask=there, other=0).to(tl.int64)
+        page = tl.load(block_table_ptr + row.to(tl.int64) * width + token // PAGE, mask=there, other=0).to(tl.int64)
         place = (page * num_kv_heads + kv_head) * PAGE + token % PAGE
         where = place[:, None] * DIM + dim[None, :]
         seen = there[:, None] & (dim[None, :] < DIM)
         k = tl.load(keys_ptr + where, mask=seen, other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         logits = tl.where(there[None, :], logits, float("-inf"))
-        most = tl.maximum(largest, tl.max(logits, 1))
-        weights = tl.exp(logits - most[:, None])
-        less = tl.exp(largest - most)
+        maximum = tl.maximum(largest, tl.max(logits, 1))
+        weights = tl.exp(logits - maximum[:, None])
+        less = tl.exp(largest - maximum)
         v = tl.load(values_ptr + where, mask=seen, other=0.0)
         sums = sums * less[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         totals = totals * less + tl.sum(weights, 1)
-        largest = most
+        largest = maximum
     out = (first_head + head) * num_parts + part
     tl.store(sums_ptr + out[:, None] * DIM + dim[None, :], sums, mask=real)
     tl.store(largest_ptr + out, largest, mask=head < GROUP)

@@ -7,32 +7,24 @@ as many short ones do. How many follows from shapes alone, so that a CUDA graph 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .. import triton as triton_packed
-
-if TYPE_CHECKING:
-    from .paged import Paged
+from ...triton import why_not as why_not
+from ..paged import Paged
 
 PROGRAMS = 512
-"""About as many at a time fill a GPU."""
+"""About how many programs fill a GPU."""
 
 KEYS = 64
-"""Looked at at a time."""
+"""How many keys a program looks at at a time."""
 
-LEAST_KEYS = 256
-"""Of a part: less is not worth a program."""
+MIN_KEYS = 256
+"""How many keys a part has at least: fewer are not worth a program."""
 
-TILE = 16
-"""The least that a product takes of rows and columns."""
-
-
-def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why it cannot serve, or None."""
-    return triton_packed.why_not(device_type, dtype)
+MIN_TILE = 16
+"""How many rows and columns a product takes at least."""
 
 
 def num_parts(num_rows: int, num_kv_heads: int, num_keys: int) -> int:
@@ -43,16 +35,19 @@ def num_parts(num_rows: int, num_kv_heads: int, num_keys: int) -> int:
         (32, 1, 1)
     """
     wanted = -(-PROGRAMS // max(1, num_rows * num_kv_heads))
-    return max(1, min(wanted, num_keys // LEAST_KEYS))
+    return max(1, min(wanted, num_keys // MIN_KEYS))
 
 
 def decode(
     q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, paged: Paged, scale: float, window: int | None
 ) -> Tensor:
-    """See `paged.decode`; sums in float32."""
+    """Attention of decoding sequences: queries [R, H, D], whose keys are stored already, to [R, H, D].
+
+    Sums in float32.
+    """
     num_rows, num_heads, dim = q.shape
     num_kv_heads, page_size = keys.shape[1:3]
-    width = paged.tables.shape[1]
+    width = paged.block_table.shape[1]
     seen = width * page_size if window is None else min(width * page_size, window)
     parts = num_parts(num_rows, num_kv_heads, seen)
     sums = torch.empty(num_rows, num_heads, parts, dim, dtype=torch.float32, device=q.device)
@@ -63,9 +58,9 @@ def decode(
             q.contiguous(),
             keys,
             values,
-            paged.tables.contiguous(),
-            paged.firsts,
-            paged.lengths,
+            paged.block_table.contiguous(),
+            paged.context_starts,
+            paged.context_lens,
             sums,
             largest,
             totals,
@@ -82,15 +77,15 @@ def decode(
             KEYS=KEYS,
         )
     sink = sinks.to(torch.float32)[:, None]
-    most = torch.maximum(largest.amax(-1, keepdim=True), sink)
-    shares = (largest - most).exp()
-    total = (totals * shares).sum(-1, keepdim=True) + (sink - most).exp()
+    maximum = torch.maximum(largest.amax(-1, keepdim=True), sink)
+    shares = (largest - maximum).exp()
+    total = (totals * shares).sum(-1, keepdim=True) + (sink - maximum).exp()
     return ((sums * (shares / total)[..., None]).sum(-2)).to(q.dtype)
 
 
 def _as_wide_as_a_tile(number: int) -> int:
-    """The least power of two that holds a number, and that a product takes."""
-    return max(TILE, 1 << (number - 1).bit_length())
+    """The smallest power of two that is no less than a number, and that a product takes."""
+    return max(MIN_TILE, 1 << (number - 1).bit_length())
 
 
 def _kernels() -> ModuleType:

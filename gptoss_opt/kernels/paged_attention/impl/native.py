@@ -1,0 +1,81 @@
+"""Attention on pages by the native library: one call per layer for all queries, of prompts as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ..paged import Blocks, Chunk, Paged
+
+LANES = 16
+ROWS = 32
+"""About how many rows (a query head of one query each) a unit of work has: as many as stay in the first-level cache."""
+
+
+def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason why the native library cannot serve, or None."""
+    if reason := native.why_not(device_type, dtype):
+        return reason
+    return f"needs a head_dim that is a multiple of {LANES}, not {head_dim}" if head_dim % LANES else None
+
+
+def blocks_of(context_lens: Tensor, chunks: Sequence[Chunk], group_size: int) -> Blocks:
+    """The units of work of a step. Each is consecutive queries of one sequence, for one key head and its group."""
+    num_decoding, max_queries = len(context_lens) - len(chunks), max(1, ROWS // group_size)
+    row = torch.arange(num_decoding, dtype=torch.int32)
+    decoding = torch.stack([row, row, torch.ones_like(row), context_lens[:num_decoding] - 1], -1)
+    if not chunks:
+        return Blocks(decoding, 1)
+    units = [
+        (number, query, min(max_queries, end - query), length - (end - query))
+        for number, (begin, end, length, _) in enumerate(chunks, num_decoding)
+        for query in range(begin, end, max_queries)
+    ]
+    # Long ones first: no thread is left alone with one of them at the end.
+    return Blocks(torch.cat([torch.tensor(units[::-1], dtype=torch.int32), decoding]), max_queries)
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: Tensor,
+    paged: Paged,
+    scale: float,
+    window: int | None,
+    *,
+    instruction_set: int | None = None,
+) -> Tensor:
+    """Attention of all queries [T, H, D], whose keys are stored already, to [T, H, D]. In float32 inside."""
+    functions, best, parallel = native.library()
+    _, num_heads, dim = q.shape
+    num_kv_heads, page_size = keys.shape[1:3]
+    assert paged.blocks is not None, "the native backend needs what blocks_for gives"
+    blocks, max_queries = paged.blocks
+    q, sinks = q.contiguous(), sinks.to(torch.float32).contiguous()
+    block_table, context_starts = paged.block_table.contiguous(), paged.context_starts.contiguous()
+    assert q.dtype == keys.dtype == values.dtype
+    assert block_table.dtype == context_starts.dtype == blocks.dtype == torch.int32
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    assert blocks.is_contiguous()
+    out = torch.empty_like(q)
+    arguments = native.PagedArguments(
+        *map(Tensor.data_ptr, (q, keys, values, sinks, block_table, context_starts, blocks, out)),
+        num_heads,
+        num_kv_heads,
+        dim,
+        block_table.shape[1],
+        page_size,
+        window or 0,
+        max_queries * (num_heads // num_kv_heads),
+        scale,
+        q.dtype == torch.bfloat16,
+    )
+    which = best if instruction_set is None else instruction_set
+    if functions.gptoss_paged_attention(which, arguments, len(blocks), parallel, torch.get_num_threads()):
+        raise MemoryError("the native kernel found no memory for its scratch space.")
+    return out
