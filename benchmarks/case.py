@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from tqdm import tqdm
 
-from benchmarks.harness import record, threads
+from benchmarks.harness import record
 from gptoss_opt.table import Table
 
 Point = dict[str, Any]
@@ -127,7 +128,8 @@ def tables(found: Iterable[tuple[Case, list[Point]]]) -> list[Table]:
 
 def run(name: str, settings: Settings, cases: Callable[[Any, Path], Sequence[Case]]) -> None:
     """Run the cases of a benchmark, print their tables and write the results."""
-    with threads(settings.threads), tempfile.TemporaryDirectory(dir=settings.folder or None) as folder:
+    torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory(dir=settings.folder or None) as folder:
         known = cases(settings, Path(folder))
         chosen = [case for case in known if settings.only in case.name]
         if not chosen:

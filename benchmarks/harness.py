@@ -9,8 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -142,14 +141,3 @@ def resident(field: str) -> int:
     """A field of this process's memory in bytes, such as "VmRSS" (now) or "VmHWM" (the highest so far); Linux."""
     line = next(line for line in _read("/proc/self/status").splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run on `count` CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -198,7 +198,7 @@ def measured(loading: Callable[[Path], Any], folder: Path, threads: int, generat
     taken = time.perf_counter() - begin
     size = sum(parameter.nbytes for parameter in model.parameters())
     found = {"seconds": taken, "model bytes": size, "peak bytes": resident("VmHWM") - before}
-    tokens = torch.randint(2, SIZES["20b"].bos, (1, PROMPT)).to(model.device)
+    tokens = torch.randint(2, model.config.vocab_size, (1, PROMPT)).to(model.device)
     with torch.no_grad():
         finite = bool(model(tokens).logits.isfinite().all())
     assert finite, f"{loading.__name__}: the logits of the loaded model are not finite"
