@@ -30,11 +30,7 @@ test-oldest: $(OLDEST)/.built
 	$(TEST) $(OLDEST)/bin/python -m pytest -n 2
 
 bench: $(VENV)/.built
-	$(RUN) -m benchmarks.attention
-	$(RUN) -m benchmarks.experts
-	$(RUN) -m benchmarks.load
-	$(RUN) -m benchmarks.parallel
-	$(RUN) -m benchmarks.batching
+	$(RUN) -m benchmarks
 
 clean:
 	rm -rf $(VENV) $(OLDEST)

@@ -1,1 +1,1 @@
-"""Benchmarks: one file per case. Each verifies what it times, beside its peers, in one run."""
+"""Benchmarks: `python -m benchmarks NAME` verifies what it measures, beside its peers in one run."""

@@ -1,4 +1,4 @@
-"""Who takes part in benchmarks.batching: each in a process of its own that holds its model, and runs when told to."""
+"""Who takes part in `benchmarks.batching`: each holds its model in a process of its own, and runs when told to."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, GptOssForCausalLM
@@ -32,16 +34,14 @@ class Ask(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How long all of them took together, and the new tokens of each."""
+    """How many seconds all requests took together, and the new tokens of each."""
 
     seconds: float
     outputs: list[list[int]]
 
 
-class Runs(Protocol):
-    """What a contender does with requests, all submitted at once."""
-
-    def __call__(self, asks: Sequence[Ask]) -> list[list[int]]: ...
+Runs = Callable[[Sequence[Ask]], Outcome]
+"""What a contender does with requests that are all submitted at once."""
 
 
 class Checkpoints(NamedTuple):
@@ -51,37 +51,45 @@ class Checkpoints(NamedTuple):
     dense: Path
 
 
+def timed(serve: Callable[[Sequence[Ask]], list[list[int]]]) -> Runs:
+    """The same, timed from outside."""
+
+    def run(asks: Sequence[Ask]) -> Outcome:
+        begin = time.perf_counter()
+        outputs = serve(asks)
+        return Outcome(time.perf_counter() - begin, outputs)
+
+    return run
+
+
 def ours(checkpoints: Checkpoints, *, packed: bool, **options: Any) -> Runs:
     """ContinuousBatcher on packed or dense experts."""
     wrapper = with_mxfp4_experts() if packed else with_fast_experts()
     folder = checkpoints.packed if packed else checkpoints.dense
     model = load(folder, wrapper, with_flash_attention(), device=device())
-    memory = KV_MEMORY if device().type == "cpu" else "auto"
+    settings = {"kv_memory": KV_MEMORY if device().type == "cpu" else "auto", "share_prefixes": False, **options}
 
-    def run(asks: Sequence[Ask]) -> list[list[int]]:
-        batcher = ContinuousBatcher(model, **{"kv_memory": memory, "share_prefixes": False, **options})
+    def serve(asks: Sequence[Ask]) -> list[list[int]]:
         configs = [GenerationConfig(max_new_tokens=one.new_tokens, do_sample=False) for one in asks]
         for config in configs:
             config.eos_token_id = []
-        try:
+        with closing(ContinuousBatcher(model, **settings)) as batcher:
             return batcher.generate([one.prompt for one in asks], configs, progress=False)
-        finally:
-            batcher.close()
 
-    return run
+    return timed(serve)
 
 
-def _transformers(checkpoints: Checkpoints) -> GptOssForCausalLM:
-    model = GptOssForCausalLM.from_pretrained(checkpoints.dense, dtype=torch.bfloat16).eval().to(device())
+def _transformers(checkpoints: Checkpoints) -> Any:
+    model: Any = GptOssForCausalLM.from_pretrained(checkpoints.dense, dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None
-    return model
+    return model.to(device())
 
 
 def static(checkpoints: Checkpoints, *, batch: int) -> Runs:
-    """transformers' generate, on left-padded batches of so many: each goes on until its longest is done."""
+    """transformers' generate on left-padded batches, each of which goes on until its longest is done."""
     model = _transformers(checkpoints)
 
-    def run(asks: Sequence[Ask]) -> list[list[int]]:
+    def serve(asks: Sequence[Ask]) -> list[list[int]]:
         outputs = []
         for begin in range(0, len(asks), batch):
             some = asks[begin : begin + batch]
@@ -98,7 +106,7 @@ def static(checkpoints: Checkpoints, *, batch: int) -> Runs:
             outputs += [row[longest:][: one.new_tokens] for row, one in zip(made.tolist(), some, strict=True)]
         return outputs
 
-    return run
+    return timed(serve)
 
 
 def generate_batch(checkpoints: Checkpoints) -> Runs:
@@ -106,13 +114,13 @@ def generate_batch(checkpoints: Checkpoints) -> Runs:
     model = _transformers(checkpoints)
     config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1 << 16)
     # On a GPU it finds out for itself how much it may take.
-    sizes = {"num_blocks": 2048, "page_size": 16, "max_batch_tokens": 2048} if device().type == "cpu" else {}
+    on_cpu = device().type == "cpu"
+    sizes: dict[str, Any] = {"num_blocks": 2048, "page_size": 16, "max_batch_tokens": 2048} if on_cpu else {}
 
-    def run(asks: Sequence[Ask]) -> list[list[int]]:
+    def serve(asks: Sequence[Ask]) -> list[list[int]]:
         made: dict[str, list[int]] = {}
-        with model.continuous_batching_context_manager(
-            generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**sizes)
-        ) as manager:
+        serving = {"generation_config": config, "continuous_batching_config": ContinuousBatchingConfig(**sizes)}
+        with model.continuous_batching_context_manager(**serving) as manager:
             for number, one in enumerate(asks):
                 manager.add_request(one.prompt, str(number), max_new_tokens=one.new_tokens, eos_token_id=-1)
             while len(made) < len(asks):
@@ -123,92 +131,88 @@ def generate_batch(checkpoints: Checkpoints) -> Runs:
                     raise RuntimeError(f"generate_batch stopped: {manager.background_thread_status.fatal_error}")
         return [made[str(number)] for number in range(len(asks))]
 
+    return timed(serve)
+
+
+def vllm(checkpoints: Checkpoints) -> Runs:
+    """vLLM's CPU build, run by a script in its own environment."""
+    results, num_read = Path(tempfile.mkdtemp(), "results.jsonl"), 0
+    script = Path(__file__).parent / "peers" / "vllm_cpu.py"
+    command = [os.environ[VLLM_PYTHON], str(script), str(checkpoints.dense), str(results)]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": results.parent}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env={**os.environ, **settings}, **quiet)
+    requests = process.stdin
+    assert requests is not None
+
+    def answer() -> Any:
+        nonlocal num_read
+        while True:
+            lines = results.read_text().splitlines(keepends=True) if results.exists() else []
+            if len(lines) > num_read and lines[num_read].endswith("\n"):
+                num_read += 1
+                return json.loads(lines[num_read - 1])
+            if process.poll() is not None:
+                raise RuntimeError(f"vLLM ended with {process.returncode}. Run this to see why: {' '.join(command)}")
+            time.sleep(0.05)
+
+    def run(asks: Sequence[Ask]) -> Outcome:
+        requests.write(json.dumps(asks) + "\n")
+        requests.flush()
+        found = answer()
+        return Outcome(found["seconds"], found["outputs"])
+
+    answer()
     return run
 
 
-class Worker:
-    """A contender of this environment, in a process of its own."""
+class Contender:
+    """A contender loads its model in a process of its own when it first runs, and holds it until it is closed.
 
-    def __init__(self, make: Callable[[Checkpoints], Runs], checkpoints: Checkpoints, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._here, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, make, checkpoints, threads), daemon=True)
-        self._process.start()
-        there.close()
-        self._answer()
+    Attributes:
+        outcomes: what each of its runs gave, but for the warm-up.
+    """
 
-    def run(self, asks: Sequence[Ask]) -> Outcome:
-        """All of these, submitted at once."""
-        self._here.send(list(asks))
-        return Outcome(*self._answer())
+    def __init__(self, make: Callable[..., Runs], *args: Any, **options: Any) -> None:
+        self._make = partial(make, *args, **options)
+        self._connection: Any = None
+        self.outcomes: list[Outcome] = []
+
+    def run(self, asks: Sequence[Ask], warm: Sequence[Ask]) -> None:
+        """Serve requests that are all submitted at once; before its first run it serves some that do not count."""
+        if self._connection is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, there = context.Pipe()
+            self._process = context.Process(
+                target=_serve, args=(there, self._make, torch.get_num_threads()), daemon=True
+            )
+            self._process.start()
+            there.close()
+            self._ask(warm)
+        self.outcomes.append(self._ask(asks))
+
+    def _ask(self, asks: Sequence[Ask]) -> Outcome:
+        self._connection.send(list(asks))
+        answer = self._connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return Outcome(*answer)
 
     def close(self) -> None:
         """End the process."""
-        self._here.close()
-        self._process.join()
-
-    def _answer(self) -> Any:
-        answer = self._here.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if self._connection is not None:
+            self._connection.close()
+            self._process.join()
+            self._connection = None
 
 
-def _serve(connection: Any, make: Callable[[Checkpoints], Runs], checkpoints: Checkpoints, threads: int) -> None:
+def _serve(connection: Any, make: Callable[[], Runs], threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        run = make(checkpoints)
-        connection.send("ready")
+        run = make()
         while True:
-            asks = connection.recv()
-            begin = time.perf_counter()
-            outputs = run(asks)
-            connection.send((time.perf_counter() - begin, outputs))
+            connection.send(run(connection.recv()))
     except EOFError:
         pass
     except Exception as error:
         connection.send(error)
-
-
-class Vllm:
-    """vLLM's CPU build, in its own environment."""
-
-    def __init__(self, checkpoints: Checkpoints, threads: int) -> None:
-        self._results = Path(tempfile.mkdtemp(), "results.jsonl")
-        script = Path(__file__).parent / "peers" / "vllm_cpu.py"
-        settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
-        self._process = subprocess.Popen(
-            [os.environ[VLLM_PYTHON], str(script), str(checkpoints.dense), str(self._results)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **settings},
-            cwd=tempfile.mkdtemp(),
-        )
-        self._read = 0
-        self._answer()
-
-    def run(self, asks: Sequence[Ask]) -> Outcome:
-        """All of these, submitted at once."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asks) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        return Outcome(answer["seconds"], answer["outputs"])
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        while True:
-            lines = self._results.read_text().splitlines(keepends=True) if self._results.exists() else []
-            if len(lines) > self._read and lines[self._read].endswith("\n"):
-                self._read += 1
-                return json.loads(lines[self._read - 1])
-            if self._process.poll() is not None:
-                raise RuntimeError(f"vLLM ended with {self._process.returncode}: run {self._process.args} to see why.")
-            time.sleep(0.05)

@@ -1,15 +1,15 @@
-"""What all benchmarks share: alternating timing, the machine's own limits, peak memory, and one JSON line per point."""
+"""What all benchmarks measure with: turns, the machine's own limits, peak memory, and one JSON line per point."""
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def record(name: str, points: list[dict[str, Any]], command: str) -> Path:
-    """Write one JSON line per point to results/, each with versions, hardware, commit and command; returns the file."""
+def record(name: str, points: Sequence[Mapping[str, Any]], command: str) -> Path:
+    """Write one JSON line per point to results/, each with versions, hardware, commit and command; return the file."""
     common = {
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
@@ -70,7 +70,7 @@ def record(name: str, points: list[dict[str, Any]], command: str) -> Path:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long one run takes."""
+    """How long one run takes, in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -80,7 +80,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def alternate(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Time the runs in turn, `repeats` times, after one warm-up each: drifts of the machine hit all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
@@ -91,11 +91,12 @@ def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
     return times
 
 
-def median_ratio(slow: list[float], fast: list[float]) -> float:
+def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     """The median over turns of slow / fast."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+@functools.cache
 def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
     """This machine's matrix product rate, FLOP/s: the median of several, on random data."""
     a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
@@ -103,6 +104,7 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / statistics.median(times)
 
 
+@functools.cache
 def read_rate() -> float:
     """How fast this machine reads memory, bytes/s: the sum of a gigabyte on huge pages."""
     room = memory.empty((2**27,), torch.int64, device()).zero_()
@@ -124,35 +126,18 @@ def _peak(setup: Callable[..., Callable[[], object]], args: tuple[Any, ...], thr
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    # Make the kernel forget the highest resident memory so far, then read the highest from now on (Linux).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = forget_peak()
     run()
     return resident("VmHWM") - before
+
+
+def forget_peak() -> int:
+    """Make the system forget the most memory that this process had, and return what it has now, in bytes (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def resident(field: str) -> int:
     """A field of this process's memory in bytes, such as "VmRSS" (now) or "VmHWM" (the highest so far); Linux."""
     line = next(line for line in _read("/proc/self/status").splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run on `count` CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A plain table."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (headings, *rows)
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -84,7 +84,8 @@ def counts_of(config: GptOssConfig, degree: int, tokens: int, logits: int, items
 @functools.cache
 def _model(layers: int, experts: int) -> Any:
     with torch.device("meta"):
-        return GptOssForCausalLM(GptOssConfig(num_hidden_layers=layers, num_local_experts=experts)).to(torch.bfloat16)
+        model: Any = GptOssForCausalLM(GptOssConfig(num_hidden_layers=layers, num_local_experts=experts))
+    return model.to(torch.bfloat16)
 
 
 def layout_on(config: GptOssConfig, degree: int, *, packed: bool) -> tuple[Any, Layout]:

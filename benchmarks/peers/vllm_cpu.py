@@ -37,8 +37,8 @@ def main() -> None:
         answer(results, {"seconds": taken, "outputs": [list(one.outputs[0].token_ids) for one in made]})
 
 
-def answer(file: Path, what: dict) -> None:
-    """One more line of the results."""
+def answer(file: Path, what: dict[str, object]) -> None:
+    """Add one more line to the results."""
     with file.open("a") as to:
         to.write(json.dumps(what) + "\n")
 
