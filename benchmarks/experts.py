@@ -22,10 +22,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from benchmarks.case import Case, Point, Settings
 from benchmarks.harness import alternate, device, gemm_rate, median_ratio, read_rate
 from benchmarks.machine import Machine
-from gptoss_opt.core import exchange
 from gptoss_opt.kernels import memory
 from gptoss_opt.kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, ExpertsRequest
-from gptoss_opt.model.experts import KEY, MXFP4, PROJECTIONS
+from gptoss_opt.layout import MXFP4, exchange
+from gptoss_opt.model.experts import KEY, PROJECTIONS
 
 BF16 = torch.bfloat16
 CONFIG = GptOssConfig(num_hidden_layers=1, num_local_experts=32)  # the 20b: hidden = intermediate = 2880, top 4

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gptoss_opt.model.parallel import expert_parallel_layout, placements_of, tensor_parallel_layout
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from gptoss_opt.core import Layout, held_bytes
+from gptoss_opt import compose, shard_experts, shard_tensor_parallel, with_mxfp4_experts
 from gptoss_opt.distributed import split
-from gptoss_opt.model.experts import MXFP4, expert_parameters
+from gptoss_opt.extend import Layout
 
 DRAWS = 2000
 
@@ -88,34 +87,26 @@ def _model(layers: int, experts: int) -> Any:
     return model.to(torch.bfloat16)
 
 
-def layout_on(config: GptOssConfig, degree: int, *, packed: bool) -> tuple[Any, Layout]:
-    """The model without memory, and its layout: attention and vocabulary by tensor, experts by expert parallelism."""
-    model = _model(config.num_hidden_layers, config.num_local_experts)
-    layout = expert_parallel_layout(model, Layout(), "ranks", placements_of(model, degree, "contiguous"))
-    layout = tensor_parallel_layout(model, layout, "ranks", degree, experts=True, vocabulary=True)
-    return model, layout.store(expert_parameters(model), MXFP4.name) if packed else layout
+def layout_on(config: GptOssConfig, degree: int, *, packed: bool) -> Layout:
+    """The layout on some ranks: attention and vocabulary by tensor, experts by expert parallelism."""
+    both = compose(shard_tensor_parallel(degree=degree), shard_experts(degree=degree))
+    stack = compose(both, with_mxfp4_experts()) if packed else both
+    return stack.layout(_model(config.num_hidden_layers, config.num_local_experts))
 
 
 def bytes_held(config: GptOssConfig, degree: int, *, packed: bool) -> int:
     """The bytes of parameters on the fullest rank."""
-    model, layout = layout_on(config, degree, packed=packed)
-    return max(
-        sum(
-            held_bytes(p.shape, p.element_size(), layout.form(name), {"ranks": rank})
-            for name, p in model.named_parameters()
-        )
-        for rank in range(degree)
-    )
+    return layout_on(config, degree, packed=packed).max_bytes()
 
 
 def bytes_read(config: GptOssConfig, step: Step) -> float:
     """The bytes of weights that the slowest rank reads in a step: of the experts, those that any token goes to."""
-    model, layout = layout_on(config, step.degree, packed=step.packed)
+    layout = layout_on(config, step.degree, packed=step.packed)
+    first = {axis.name: 0 for axis in layout.axes}
     experts = others = 0
-    packed = set(expert_parameters(model))
-    for name, p in model.named_parameters():
-        count = held_bytes(p.shape, p.element_size(), layout.form(name), {"ranks": 0})
-        if name in packed or name.endswith(("gate_up_proj_bias", "down_proj_bias")):
+    for name in layout:
+        count = layout.form(name).num_bytes(first)
+        if ".experts." in name:
             experts += count
         elif "embed_tokens" not in name:
             others += count

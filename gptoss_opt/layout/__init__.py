@@ -2,8 +2,8 @@
 
 from .layout import Axis, Form, Layout, LayoutError, New
 from .mxfp4 import MXFP4
-from .relayout import Held, Mesh, dense_layout, exchange, relayout
-from .storage import DENSE, STORAGES, Part, Sliced, Source, Split, Storage, Stored, take
+from .relayout import Held, Mesh, Source, dense_layout, exchange, relayout
+from .storage import DENSE, STORAGES, Part, Sliced, Split, Storage, Stored, take
 
 __all__ = [
     "DENSE",

@@ -16,10 +16,22 @@ from tqdm.auto import tqdm
 
 from .initial import first_values
 from .layout import Form, Layout
-from .storage import DENSE, STORAGES, Source, Split, Stored, take
+from .storage import DENSE, STORAGES, Part, Split, Stored, take
 
 Parameters = Mapping[str, nn.Parameter]
 PLAIN = Form()
+
+
+class Source(Protocol):
+    """Where the bytes of parameters come from, if not from the model."""
+
+    def expect(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> None:
+        """Hear in which forms which parameters will be asked for, by the rank at a coordinate."""
+        ...
+
+    def __call__(self, parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:
+        """Give a slice of a parameter, by its dense name and indices, in the storage of a form."""
+        ...
 
 
 class Mesh(Protocol):

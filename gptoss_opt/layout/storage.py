@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .layout import Form
 
 Part = range | tuple[int, ...]
 """Ascending indices along one dimension."""
@@ -120,18 +117,6 @@ class DenseStorage:
 DENSE = DenseStorage()
 STORAGES: dict[str, Storage] = {DENSE.name: DENSE}
 """Every storage by name: how a layout, which is plain data, finds it."""
-
-
-class Source(Protocol):
-    """Where the bytes of parameters come from, if not from the model."""
-
-    def expect(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> None:
-        """Hear in which forms which parameters will be asked for, by the rank at a coordinate."""
-        ...
-
-    def __call__(self, parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:
-        """Give a slice of a parameter, by its dense name and indices, in the storage of a form."""
-        ...
 
 
 def take(tensor: Tensor, index: Mapping[int, Part]) -> Tensor:

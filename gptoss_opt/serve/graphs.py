@@ -21,7 +21,7 @@ class CudaCapture:
 
     def __call__(self, run: Run) -> Run:
         """Run once to warm up, and capture; what is returned does the same again, into the same tensor."""
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             run()
