@@ -53,7 +53,7 @@ def test_trained_parameters_stay_whatever_is_applied_in_whatever_order() -> None
         assert all(parameter.requires_grad for parameter in kept.values())
 
 
-@pytest.mark.parametrize("first", [[wrap] for wrap in OTHERS] + [list(OTHERS)], ids=str)
+@pytest.mark.parametrize("first", [*([wrap] for wrap in OTHERS), list(OTHERS)], ids=lambda first: first[0].__name__)
 def test_added_to_a_wrapped_model_they_train_as_on_a_plain_one(first: list[Any]) -> None:
     expected = trained()(ids()).logits
     assert relative(trained(*(wrap() for wrap in first))(ids()).logits, expected) < 1e-5
