@@ -1,17 +1,7 @@
 """Composable wrappers that make a Hugging Face GPT-OSS model fast and small, and keep it the same model."""
 
 from .checkpoint import CheckpointError, gather_state_dict, load
-from .core import (
-    BackendError,
-    CompatibilityError,
-    IrreversibleError,
-    Stack,
-    Wrapper,
-    compose,
-    explain,
-    stack_of,
-    undo,
-)
+from .core import BackendError, CompatibilityError, IrreversibleError, Stack, Wrapper, compose, explain, stack_of, undo
 from .distributed import balance_experts, init_distributed
 from .serve import ContinuousBatcher, GenerationError
 from .version import __version__

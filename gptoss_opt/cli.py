@@ -33,22 +33,13 @@ def parser() -> argparse.ArgumentParser:
         "Exits with 1 if a wrapper changes the model's results.",
     )
     demo.add_argument(
-        "--model",
-        metavar="DIR_OR_ID",
-        help="a folder or a Hugging Face hub id (default: a small random checkpoint)",
+        "--model", metavar="DIR_OR_ID", help="a folder or a Hugging Face hub id (default: a small random checkpoint)"
     )
     demo.add_argument(
-        "--lengths",
-        type=_whole_number(2),
-        nargs="+",
-        metavar="N",
-        help="prompt lengths in tokens (default: 1024 2048)",
+        "--lengths", type=_whole_number(2), nargs="+", metavar="N", help="prompt lengths in tokens (default: 1024 2048)"
     )
     demo.add_argument(
-        "--new-tokens",
-        type=_whole_number(1),
-        metavar="N",
-        help="how many tokens to generate (default: 16)",
+        "--new-tokens", type=_whole_number(1), metavar="N", help="how many tokens to generate (default: 16)"
     )
     demo.add_argument(
         "--dtype",

@@ -4,5 +4,3 @@ from .folder import Checkpoint
 from .load import load
 from .reader import CheckpointError, TensorInfo
 from .save import gather_state_dict, save_pretrained
-
-__all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "gather_state_dict", "load", "save_pretrained"]

@@ -13,15 +13,7 @@ from torch import Tensor
 from transformers import GptOssConfig
 
 from ..model.host import MODEL_TYPE
-from .reader import (
-    DAMAGED,
-    CheckpointError,
-    TensorInfo,
-    as_checkpoint_errors,
-    parse_object,
-    read_header,
-    read_tensor,
-)
+from .reader import DAMAGED, CheckpointError, TensorInfo, as_checkpoint_errors, parse_object, read_header, read_tensor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

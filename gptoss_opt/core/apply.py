@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ..layout import Source, relayout
 from .errors import BackendError, IrreversibleError
 from .journal import Journal
-from .record import RECORD, Applied, Record, record_of, standing
+from .record import RECORD, Record, record_of, standing
 from .resolve import Choose, Resolved, choosing, layout_for, resolve
 from .slots import holders, stands_by_for, working
-from .spec import Attachment, Report, Spec
+from .spec import Attachment, Filler, Report, Spec
+
+JournalType = TypeVar("JournalType", bound=Journal)
 
 
 def apply(model: nn.Module, wrappers: Sequence[Spec], source: Source | None = None) -> None:
@@ -39,7 +41,7 @@ def apply(model: nn.Module, wrappers: Sequence[Spec], source: Source | None = No
 def take_off(model: nn.Module, names: Sequence[str]) -> None:
     """Take the wrappers of these names off `model`. The others keep their backends, wherever the model was moved."""
     record = record_of(model)
-    chosen = {applied.wrapper: applied.journal.choice for applied in record.applied if not applied.holder}
+    chosen = {applied.wrapper: applied.choice for applied in record.applied if not applied.holder}
     choose: Choose = lambda wrapper: chosen[wrapper] if wrapper in chosen else wrapper.choice(model)  # noqa: E731
     stuck = [one.wrapper for one in record.applied if one.wrapper.name in names and not one.wrapper.reversible]
     if stuck:
@@ -70,9 +72,9 @@ def _num_in_place(model: nn.Module, record: Record, target: Sequence[Spec], choo
     return min(len(record.applied), len(target))
 
 
-def _still_chosen(choose: Choose, applied: Applied) -> bool:
+def _still_chosen(choose: Choose, applied: Attachment) -> bool:
     try:
-        return choose(applied.wrapper) == applied.journal.choice
+        return choose(applied.wrapper) == applied.choice
     except BackendError:
         return False
 
@@ -86,9 +88,9 @@ def _switch(model: nn.Module, target: Resolved, choose: Choose, source: Source |
     # What was attached for another layout, or among other ranks, is attached anew.
     same = (record.layout, record.mesh) == (target.layout, target.mesh)
     num_kept = _num_in_place(model, record, target.wrappers, choose) if same else 0
-    choices = {applied.wrapper: applied.journal.choice for applied in record.applied}
+    choices = {applied.wrapper: applied.choice for applied in record.applied}
     before = Resolved(tuple(choices), choices, record.layout, record.mesh)
-    states = {applied.wrapper: applied.journal.state for applied in record.applied}
+    states = {applied.wrapper: applied.state for applied in record.applied}
     held, relaid = record.held, None
     try:
         _detach_from(model, record, num_kept)
@@ -112,7 +114,7 @@ def _switch(model: nn.Module, target: Resolved, choose: Choose, source: Source |
 def _detach_from(model: nn.Module, record: Record, number: int) -> None:
     """Take off the wrappers from this number on, the last first."""
     while len(record.applied) > number:
-        record.applied[-1].journal.undo(model)
+        record.applied[-1].undo(model)
         record.applied.pop()
     record.told.undo(model)
 
@@ -122,41 +124,34 @@ def _attach_all(model: nn.Module, record: Record, target: Resolved, states: Mapp
     record.layout, record.mesh = target.layout, target.mesh
     held = holders(working(target.wrappers))
     for wrapper in target.wrappers[len(record.applied) :]:
-        journal = Attachment(choice=target.choices.get(wrapper), state=states.get(wrapper))
-        if holder := stands_by_for(wrapper, target.wrappers):
-            report = Report((f"stands by: {holder[0]!r} holds {holder[1]}",))
-            record.applied.append(Applied(wrapper, journal, report, holder))
-            continue
-        _own_config(model, record, wrapper)
-        defaults = [fill for slot, fill in wrapper.defaults.items() if held[slot] == wrapper]
-        _journaled(model, journal, functools.partial(_attach, model, record, wrapper, defaults))
-    if record.layout.new:
+        holder = stands_by_for(wrapper, target.wrappers)
+        one = Attachment(wrapper=wrapper, choice=target.choices.get(wrapper), state=states.get(wrapper), holder=holder)
+        if holder:
+            one.report = Report((f"stands by: {holder[0]!r} holds {holder[1]}",))
+        else:
+            if not any(type(host) is type(wrapper.host) for host, _ in record.own):
+                record.own.append((wrapper.host, _journaled(model, Journal(), wrapper.host.own_config)))
+            fillers = [fill for slot, fill in wrapper.defaults.items() if held[slot] == wrapper]
+            _journaled(model, one, functools.partial(_attach, fillers))
+        record.applied.append(one)
+    if new := record.layout.new:
         for host, _ in record.own:
-            _journaled(model, record.told, functools.partial(host.tell_new, model, record.layout.new))
+            _journaled(model, record.told, functools.partial(host.tell_new, new))
 
 
-def _own_config(model: nn.Module, record: Record, wrapper: Spec) -> None:
-    if not any(type(host) is type(wrapper.host) for host, _ in record.own):
-        own = Journal()
-        _journaled(model, own, functools.partial(wrapper.host.own_config, model))
-        record.own.append((wrapper.host, own))
-
-
-def _attach(
-    model: nn.Module, record: Record, wrapper: Spec, defaults: Sequence[Callable[..., Any]], journal: Attachment
-) -> None:
-    filled = [sentence for fill in defaults for sentence in fill(model, journal)]
-    report = wrapper.attach(model, journal)
+def _attach(fillers: Sequence[Filler], model: nn.Module, one: Attachment) -> None:
+    filled = [sentence for fill in fillers for sentence in fill(model, one) or ()]
+    report = one.wrapper.attach(model, one)
     if not isinstance(report, Report):
-        raise TypeError(f"{wrapper!r}: attach returned a {type(report).__name__}, not a Report.")
-    choice = report.choice or journal.choice
-    record.applied.append(Applied(wrapper, journal, Report((*report.changed, *filled), choice)))
+        raise TypeError(f"{one.wrapper!r}: attach returned a {type(report).__name__}, not a Report.")
+    one.report = Report((*report.changed, *filled), report.choice or one.choice)
 
 
-def _journaled(model: nn.Module, journal: Any, change: Callable[[Any], Any]) -> None:
-    """Make a change through a journal; if it fails, what it did is undone."""
+def _journaled(model: nn.Module, journal: JournalType, change: Callable[[nn.Module, JournalType], Any]) -> JournalType:
+    """Make a change through a journal, and return that; if it fails, what it did is undone."""
     try:
-        change(journal)
+        change(model, journal)
     except BaseException:
         journal.undo(model)
         raise
+    return journal

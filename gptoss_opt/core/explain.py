@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..table import Table
-from .record import Applied, record_of, standing, wrapped_model
+from .record import record_of, standing, wrapped_model
+from .spec import Attachment
 
 HEADINGS = ("wrapper", "what it changed", "backend", "why not the others")
 WIDTHS = (34, 44, 10, 44)
@@ -49,7 +50,7 @@ class Explanation:
         return f"<p>{html.escape(self.title)}</p>{self.table._repr_html_() if self.rows else ''}"
 
 
-def _row(applied: Applied, stands: bool) -> Row:
+def _row(applied: Attachment, stands: bool) -> Row:
     choice = applied.report.choice
     since = () if stands else ("changed by you since: apply it again, or undo it",)
     return Row(

@@ -9,26 +9,9 @@ from torch import nn
 
 from ..layout import Held, Layout, Mesh
 from .journal import Journal
-from .spec import Attachment, Host, Report, Spec
+from .spec import Attachment, Host
 
 RECORD = "_gptoss_opt_record"
-
-
-@dataclass
-class Applied:
-    """One wrapper on a model.
-
-    Attributes:
-        wrapper: what it is.
-        journal: what it changed, and what it keeps.
-        report: what it has to say about that.
-        holder: the wrapper that it stands by for and the slot that one holds, if it stands by.
-    """
-
-    wrapper: Spec
-    journal: Attachment
-    report: Report
-    holder: tuple[Spec, str] | None = None
 
 
 @dataclass
@@ -49,7 +32,7 @@ class Record:
     mesh: Mesh | None = None
     held: dict[str, Held] = field(default_factory=dict[str, Held])
     told: Journal = field(default_factory=Journal)
-    applied: list[Applied] = field(default_factory=list[Applied])
+    applied: list[Attachment] = field(default_factory=list[Attachment])
 
 
 def wrapped_model(model: nn.Module) -> nn.Module:
@@ -85,5 +68,5 @@ def standing(record: Record, model: nn.Module) -> list[bool]:
     What a later wrapper has set over an earlier one's change leaves that standing.
     """
     found: dict[tuple[str, str], Any] = {}
-    intact = [[edit.intact(model, found) for edit in reversed(one.journal.edits)] for one in reversed(record.applied)]
+    intact = [[edit.intact(model, found) for edit in reversed(one.edits)] for one in reversed(record.applied)]
     return [all(edits) for edits in reversed(intact)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -35,57 +35,25 @@ class Report:
     choice: Choice | None = None
 
 
-@dataclass
-class Attachment(Journal):
-    """A wrapper on a model: what the core settled for it before it was attached, and the journal of what it changed.
-
-    Attributes:
-        choice: what its `choice` gave for this model, computed once.
-        state: what the wrapper left here when it was last attached, None the first time. It may set it anew.
-    """
-
-    choice: Choice | None = None
-    state: Any = None
-
-
-class Host(Protocol):
-    """The kind of model that a wrapper belongs on."""
+class Host:
+    """The kind of model that a wrapper belongs on; this one is any `nn.Module`."""
 
     def why_not(self, model: nn.Module) -> str | None:
         """Return the reason why `model` is not such a model, with what to do instead, or None."""
-        ...
+        return None
 
     def own_config(self, model: nn.Module, journal: Journal) -> None:
         """Give `model` its own copy of whatever it may share with other models (its config)."""
-        ...
 
     def release(self, model: nn.Module, journal: Journal) -> None:
         """Undo `own_config`, unless the user's own changes would be lost."""
-        ...
 
-    def tell_new(self, model: nn.Module, parameters: Sequence[str], journal: Journal) -> None:
+    def tell_new(self, parameters: Sequence[str], model: nn.Module, journal: Journal) -> None:
         """Tell the model which of its parameters wrappers brought: they are none of its own checkpoint."""
-        ...
 
 
-class AnyModule:
-    """The host of wrappers that go on any `nn.Module`."""
-
-    def why_not(self, model: nn.Module) -> str | None:
-        return None
-
-    def own_config(self, model: nn.Module, journal: Journal) -> None:
-        return None
-
-    def release(self, model: nn.Module, journal: Journal) -> None:
-        return None
-
-    def tell_new(self, model: nn.Module, parameters: Sequence[str], journal: Journal) -> None:
-        return None
-
-
-Filler = Callable[[nn.Module, Attachment], Iterable[str]]
-"""Fills a slot of a model through the journal, and says what it changed, as sentences."""
+Filler = Callable[[nn.Module, "Attachment"], Iterable[str] | None]
+"""Fills a slot of a model through the journal, and may say what it changed, as sentences."""
 
 MAX_SHOWN = 80
 """How many characters of an option are written out where a wrapper is named."""
@@ -125,7 +93,7 @@ class Spec:
 
     name: ClassVar[str]
     phase: ClassVar[Phase]
-    host: ClassVar[Host] = AnyModule()
+    host: ClassVar[Host] = Host()
     claims: ClassVar[tuple[str, ...]] = ()
     yields: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Filler]] = {}
@@ -177,8 +145,27 @@ class Spec:
 
     def options(self) -> dict[str, Any]:
         """The options by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {option.name: getattr(self, option.name) for option in fields(self)}
 
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return f"{self.name}({', '.join(f'{name}={_short(value)}' for name, value in values.items())})"
+
+
+@dataclass
+class Attachment(Journal):
+    """A wrapper on a model: what the core settled for it before it was attached, and the journal of what it changed.
+
+    Attributes:
+        wrapper: what is attached.
+        choice: what its `choice` gave for this model, computed once.
+        state: what the wrapper left here when it was last attached, None the first time. It may set it anew.
+        holder: the wrapper that it stands by for and the slot that one holds, if it stands by.
+        report: what it has to say about its changes.
+    """
+
+    wrapper: Spec = field(kw_only=True)
+    choice: Choice | None = None
+    state: Any = None
+    holder: tuple[Spec, str] | None = None
+    report: Report = Report(())

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -18,7 +18,8 @@ from .resolve import layout_for, validated
 from .spec import WRAPPERS, Spec
 
 Model = TypeVar("Model", bound=nn.Module)
-Built = TypeVar("Built")
+Target = TypeVar("Target", bound=Callable[..., Any])
+"""A model, or a function that returns one."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -30,11 +31,7 @@ class Wrapper(Spec):
         True
     """
 
-    @overload
-    def __call__(self, target: Model) -> Model: ...
-    @overload
-    def __call__(self, target: Callable[..., Built]) -> Callable[..., Built]: ...
-    def __call__(self, target: Any) -> Any:
+    def __call__(self, target: Target) -> Target:
         """Apply to a model (the same object is returned), or decorate a function that returns one."""
         return _applied_to(target, (self,), repr(self))
 
@@ -54,11 +51,7 @@ class Stack:
 
     wrappers: tuple[Wrapper, ...] = ()
 
-    @overload
-    def __call__(self, target: Model) -> Model: ...
-    @overload
-    def __call__(self, target: Callable[..., Built]) -> Callable[..., Built]: ...
-    def __call__(self, target: Any) -> Any:
+    def __call__(self, target: Target) -> Target:
         """Apply to a model (the same object is returned), or decorate a function that returns one."""
         return _applied_to(target, self.wrappers, repr(self.wrappers[0]) if len(self) == 1 else repr(self))
 
@@ -128,7 +121,7 @@ def _from_lists(value: Any) -> Any:
     return tuple(map(_from_lists, value)) if isinstance(value, list) else value
 
 
-def _applied_to(target: Any, wrappers: tuple[Spec, ...], label: str) -> Any:
+def _applied_to(target: Target, wrappers: tuple[Spec, ...], label: str) -> Target:
     """A model with wrappers on it, or a function that returns such a model; `label` names the wrappers in errors."""
     if isinstance(target, nn.Module):
         apply(target, wrappers)
@@ -152,7 +145,7 @@ def _applied_to(target: Any, wrappers: tuple[Spec, ...], label: str) -> Any:
         apply(model, wrappers)
         return model
 
-    return factory
+    return cast(Target, factory)
 
 
 def stack_of(model: nn.Module) -> Stack:

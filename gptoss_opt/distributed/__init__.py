@@ -14,27 +14,3 @@ from .local import Rule, attributes, with_local_parameters
 from .mesh import axis_of, bound_axis, check_axis, init_distributed, ranks_of, why_no_axis
 from .model_mesh import ModelMesh, Region
 from .split import balance_experts, split
-
-__all__ = [
-    "ModelMesh",
-    "Region",
-    "Rule",
-    "add_once",
-    "all_gather_last",
-    "all_reduce_gradient",
-    "all_reduce_output",
-    "all_to_all",
-    "attributes",
-    "axis_of",
-    "balance_experts",
-    "bound_axis",
-    "check_axis",
-    "disagreements",
-    "exchange_counts",
-    "init_distributed",
-    "mean_gradient",
-    "ranks_of",
-    "split",
-    "why_no_axis",
-    "with_local_parameters",
-]

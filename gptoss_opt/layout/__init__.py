@@ -4,26 +4,3 @@ from .layout import Axis, Form, Layout, LayoutError, New
 from .mxfp4 import MXFP4
 from .relayout import Held, Mesh, Source, dense_layout, exchange, relayout
 from .storage import DENSE, STORAGES, Part, Sliced, Split, Storage, Stored, take
-
-__all__ = [
-    "DENSE",
-    "MXFP4",
-    "STORAGES",
-    "Axis",
-    "Form",
-    "Held",
-    "Layout",
-    "LayoutError",
-    "Mesh",
-    "New",
-    "Part",
-    "Sliced",
-    "Source",
-    "Split",
-    "Storage",
-    "Stored",
-    "dense_layout",
-    "exchange",
-    "relayout",
-    "take",
-]

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..kernels import memory
 from ..kernels.mxfp4 import BLOCK, pack, unpack
-from .storage import STORAGES, Sliced, Split, Stored
+from .storage import STORAGES, Sliced, Split, Storage, Stored
 
 
-class Mxfp4:
+class Mxfp4(Storage):
     """Dense expert weights `[E, in, out]` as blocks and scales of `[E, out, in]`."""
 
     name: str = "mxfp4"

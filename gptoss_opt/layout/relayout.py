@@ -23,44 +23,25 @@ PLAIN = Form()
 
 
 class Source(Protocol):
-    """Where the bytes of parameters come from, if not from the model."""
+    """Where the bytes of parameters come from, if not from the model. A call gives a slice in the storage of a form.
 
-    def expect(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> None:
-        """Hear in which forms which parameters will be asked for, by the rank at a coordinate."""
-        ...
+    First it is told in which forms it will be asked for which parameters, by the rank at a coordinate.
+    """
 
-    def __call__(self, parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:
-        """Give a slice of a parameter, by its dense name and indices, in the storage of a form."""
-        ...
+    def expect(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> None: ...
+    def __call__(self, parameter: str, form: Form, index: Mapping[int, Part]) -> Stored: ...
 
 
 class Mesh(Protocol):
-    """The ranks that hold a model together, as far as its parameters go. Meshes are equal by value."""
+    """The ranks that hold a model together, as far as its parameters go: see `ModelMesh`. Meshes are equal by value."""
 
     @property
-    def coordinate(self) -> Mapping[str, int]:
-        """Where this rank is, by axis."""
-        ...
-
-    def parameter(self, local: Tensor, splits: Sequence[Split], requires_grad: bool) -> nn.Parameter:
-        """Make a parameter of which this rank holds `local`."""
-        ...
-
-    def holds(self, parameter: Tensor) -> bool:
-        """Say whether `parameter` was made by the method of that name."""
-        ...
-
-    def local(self, parameter: Tensor) -> Tensor:
-        """Return what this rank holds of a parameter, without gradient."""
-        ...
-
-    def whole(self, local: Tensor, splits: Sequence[Split]) -> Tensor:
-        """Gather the whole tensor from the ranks; all of them must ask for it."""
-        ...
-
-    def describe(self, model: nn.Module) -> str:
-        """Say in a sentence what this rank holds of a model."""
-        ...
+    def coordinate(self) -> Mapping[str, int]: ...
+    def parameter(self, local: Tensor, splits: Sequence[Split], requires_grad: bool) -> nn.Parameter: ...
+    def holds(self, parameter: Tensor) -> bool: ...
+    def local(self, parameter: Tensor) -> Tensor: ...
+    def whole(self, local: Tensor, splits: Sequence[Split]) -> Tensor: ...
+    def describe(self, model: nn.Module) -> str: ...
 
 
 @dataclass(frozen=True)

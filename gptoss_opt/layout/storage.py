@@ -60,61 +60,38 @@ class Sliced(Protocol):
     def __getitem__(self, index: int, /) -> Tensor: ...
 
 
-class Storage(Protocol):
-    """A way to hold a parameter as one tensor or more.
+class Storage:
+    """A way to hold a parameter as one tensor or more; this one is dense: the parameter as it is.
 
     Attributes:
         name: what layouts call it.
         suffixes: what is added to the parameter's name, for each of its tensors.
     """
 
-    name: str
-    suffixes: tuple[str, ...]
-
-    def encode(self, dense: Sliced) -> Stored:
-        """Store dense values."""
-        ...
-
-    def decode(self, tensors: Mapping[str, Sliced], dtype: torch.dtype) -> Tensor:
-        """Restore the dense values, in `dtype`."""
-        ...
-
-    def split(self, split: Split) -> Split:
-        """Say where a split of the dense parameter falls in the stored tensors; `ValueError` if it tears a value."""
-        ...
-
-    def num_bytes(self, num_values: int, itemsize: int) -> int:
-        """Count the bytes of `num_values` values that take `itemsize` bytes each when dense."""
-        ...
-
-
-class DenseStorage:
-    """The parameter as it is: one tensor."""
-
     name: str = "dense"
     suffixes: tuple[str, ...] = ("",)
 
     def encode(self, dense: Sliced) -> Stored:
-        """Store the tensor itself."""
+        """Store dense values."""
         assert isinstance(dense, Tensor)
         return Stored({"": dense})
 
     def decode(self, tensors: Mapping[str, Sliced], dtype: torch.dtype) -> Tensor:
-        """Return the tensor itself."""
+        """Restore the dense values, in `dtype`."""
         dense = tensors[""]
         assert isinstance(dense, Tensor)
         return dense
 
     def split(self, split: Split) -> Split:
-        """Return the split itself."""
+        """Say where a split of the dense parameter falls in the stored tensors; `ValueError` if it tears a value."""
         return split
 
     def num_bytes(self, num_values: int, itemsize: int) -> int:
-        """Count the bytes of `num_values` values."""
+        """Count the bytes of `num_values` values that take `itemsize` bytes each when dense."""
         return num_values * itemsize
 
 
-DENSE = DenseStorage()
+DENSE = Storage()
 STORAGES: dict[str, Storage] = {DENSE.name: DENSE}
 """Every storage by name: how a layout, which is plain data, finds it."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..core import Host
 from ..core.journal import Journal, SetAttribute
 
 MODEL_TYPE = "gpt_oss"
@@ -20,7 +21,7 @@ def is_gpt_oss(module: object) -> bool:
     return isinstance(module, PreTrainedModel) and module.config.model_type == MODEL_TYPE
 
 
-class GptOss:
+class GptOss(Host):
     """The host of wrappers that go on a GPT-OSS model."""
 
     def why_not(self, model: nn.Module) -> str | None:
@@ -49,7 +50,7 @@ class GptOss:
         if all(vars(edit.new) == vars(edit.old) for edit in edits):
             journal.undo(model)
 
-    def tell_new(self, model: nn.Module, parameters: Sequence[str], journal: Journal) -> None:
+    def tell_new(self, parameters: Sequence[str], model: nn.Module, journal: Journal) -> None:
         """Let `save_pretrained` leave out the parameters that wrappers brought."""
         ignored = {*(getattr(model, IGNORED_ON_SAVE, None) or ()), *parameters}
         journal.set(model, "", IGNORED_ON_SAVE, ignored)

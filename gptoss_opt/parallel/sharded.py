@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint.save import save_pretrained
-from ..core import Attachment, Spec, layout_of, mesh_of
+from ..core import Attachment, Filler, Spec, layout_of, mesh_of
 from ..distributed import ModelMesh, Rule, bound_axis, disagreements, ranks_of, with_local_parameters
 from ..layout import Layout, Mesh
 from ..model.host import config_of
@@ -77,7 +77,7 @@ def why_held_otherwise(model: nn.Module) -> Iterator[str]:
             return
 
 
-def compute_locally(model: nn.Module, journal: Attachment) -> Iterator[str]:
+def compute_locally(model: nn.Module, journal: Attachment) -> None:
     """Let every module that has parameters compute with what this rank holds of them."""
     mesh, layout = mesh_of(model), layout_of(model)
     data_axes = mesh.data_axes
@@ -88,7 +88,6 @@ def compute_locally(model: nn.Module, journal: Attachment) -> Iterator[str]:
             }
             needed = {name: rule for name, rule in rules.items() if rule != Rule()}
             journal.around(model, path, with_local_parameters, needed)
-    yield from ()
 
 
 def _rule(parameter: str, layout: Layout, mesh: ModelMesh, data_axes: Mapping[str, DeviceMesh]) -> Rule:
@@ -99,39 +98,18 @@ def _rule(parameter: str, layout: Layout, mesh: ModelMesh, data_axes: Mapping[st
     return Rule(mean, mesh.dp_size, partial_over, all(mesh.coordinate[axis] == 0 for axis in form.added_once))
 
 
-def _set(model: nn.Module, name: str, value: Any, journal: Attachment) -> Iterator[str]:
-    journal.set(model, "", name, value)
-    yield from ()
-
-
-def share_random_numbers(model: nn.Module, journal: Attachment) -> Iterator[str]:
+def share_random_numbers(model: nn.Module, journal: Attachment) -> None:
     """Let ranks that share a batch draw the same random numbers when they generate."""
     if hasattr(model, "generate"):
-        yield from _set(model, "generate", partial(generate, mesh_of(model), model), journal)
+        journal.set(model, "", "generate", partial(generate, mesh_of(model), model))
 
 
-def save_together(model: nn.Module, journal: Attachment) -> Iterator[str]:
-    """Let `save_pretrained` write what the ranks hold together."""
-    return _set(model, "save_pretrained", partial(save_pretrained, model), journal)
-
-
-def refuse_resizing(model: nn.Module, journal: Attachment) -> Iterator[str]:
-    """Let `resize_token_embeddings` say that it cannot."""
-    return _set(model, "resize_token_embeddings", cannot_resize, journal)
-
-
-def train_together(model: nn.Module, journal: Attachment) -> Iterator[str]:
-    """Tell transformers' Trainer which ranks share a batch."""
-    tell_trainer(model, mesh_of(model), journal)
-    yield from ()
-
-
-DEFAULTS = {
+DEFAULTS: Mapping[str, Filler] = {
     "the parameters that modules compute with": compute_locally,
     "generating": share_random_numbers,
-    "saving": save_together,
-    "resizing": refuse_resizing,
-    "the Trainer": train_together,
+    "saving": lambda model, journal: journal.set(model, "", "save_pretrained", partial(save_pretrained, model)),
+    "resizing": lambda model, journal: journal.set(model, "", "resize_token_embeddings", cannot_resize),
+    "the Trainer": tell_trainer,
 }
 """What all wrappers that shard a model fill: the first of a stack does."""
 

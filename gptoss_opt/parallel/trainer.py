@@ -10,17 +10,17 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from ..core import Journal
-from ..distributed import ModelMesh
+from ..core import Journal, mesh_of
 from ..model.host import config_paths
 
 
-def tell_trainer(model: nn.Module, mesh: ModelMesh, journal: Journal) -> None:
+def tell_trainer(model: nn.Module, journal: Journal) -> None:
     """Tell the Trainer which ranks share a batch, and that placement and gradients are the model's own affair.
 
     It asks the model: how many ranks share a batch (`tp_size`), how many have their own (`distributed_config`), and
     whether it must leave the model as it is, neither wrapped in DDP nor moved.
     """
+    mesh = mesh_of(model)
     if mesh.tp_size * mesh.dp_size == 1:
         return
     journal.set(model, "", "_tp_size", mesh.tp_size)

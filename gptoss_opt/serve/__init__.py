@@ -3,5 +3,3 @@
 from .batcher import ContinuousBatcher
 from .request import GenerationError, Logprobs, Request
 from .stats import Stats
-
-__all__ = ["ContinuousBatcher", "GenerationError", "Logprobs", "Request", "Stats"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import Attachment, Built, Choice, Host, Model, Phase, Report, Spec, Wrapper, choose, layout_of, mesh_of
+from ..core import Attachment, Choice, Filler, Host, Phase, Report, Spec, Target, Wrapper, choose, layout_of, mesh_of
 from ..distributed import axis_of, check_axis, why_no_axis
 from ..kernels.experts import DENSE_BACKENDS
 from ..layout import Axis, Layout, Mesh
@@ -35,7 +35,7 @@ class ExpertParallel(Wrapper):
     phase: ClassVar[Phase] = Phase.PARALLEL
     host: ClassVar[Host] = GPT_OSS
     # transformers' own computation of the experts knows of none that are elsewhere.
-    defaults: ClassVar[Mapping[str, Any]] = {**sharded.DEFAULTS, EXPERTS: fill_experts}
+    defaults: ClassVar[Mapping[str, Filler]] = {**sharded.DEFAULTS, EXPERTS: fill_experts}
     provides: ClassVar[tuple[str, ...]] = ("shards",)
     reversible: ClassVar[bool] = False
 
@@ -94,22 +94,13 @@ def shard_experts(
 ) -> ExpertParallel: ...
 @overload
 def shard_experts(
-    model: Model,
+    model: Target,
     *,
     mesh: DeviceMesh | None = None,
     degree: int | None = None,
     dispatch: str = "all_reduce",
     placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
-) -> Model: ...
-@overload
-def shard_experts(
-    model: Callable[..., Built],
-    *,
-    mesh: DeviceMesh | None = None,
-    degree: int | None = None,
-    dispatch: str = "all_reduce",
-    placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
-) -> Callable[..., Built]: ...
+) -> Target: ...
 def shard_experts(
     model: Any = None,
     *,

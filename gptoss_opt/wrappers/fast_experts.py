@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import Attachment, Built, Choice, Host, Model, Phase, Report, Wrapper, check_name, choose
+from ..core import Attachment, Choice, Host, Phase, Report, Target, Wrapper, check_name, choose
 from ..kernels.experts import DENSE_BACKENDS
 from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
 from ..model.host import GPT_OSS
@@ -41,9 +41,7 @@ class FastExperts(Wrapper):
 @overload
 def with_fast_experts(model: None = None, *, backend: str = "auto") -> FastExperts: ...
 @overload
-def with_fast_experts(model: Model, *, backend: str = "auto") -> Model: ...
-@overload
-def with_fast_experts(model: Callable[..., Built], *, backend: str = "auto") -> Callable[..., Built]: ...
+def with_fast_experts(model: Target, *, backend: str = "auto") -> Target: ...
 def with_fast_experts(model: Any = None, *, backend: str = "auto") -> Any:
     """Dense experts, grouped: tokens sorted by expert, one grouped product per projection, one weighted sum.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import Attachment, Built, Choice, Host, Model, Phase, Report, Wrapper, check_name, choose
+from ..core import Attachment, Choice, Host, Phase, Report, Target, Wrapper, check_name, choose
 from ..kernels.attention import BACKENDS
 from ..model.attention import ATTENTION, attention_request, set_attention, why_no_flash
 from ..model.host import GPT_OSS
@@ -42,9 +42,7 @@ class FlashAttention(Wrapper):
 @overload
 def with_flash_attention(model: None = None, *, backend: str = "auto") -> FlashAttention: ...
 @overload
-def with_flash_attention(model: Model, *, backend: str = "auto") -> Model: ...
-@overload
-def with_flash_attention(model: Callable[..., Built], *, backend: str = "auto") -> Callable[..., Built]: ...
+def with_flash_attention(model: Target, *, backend: str = "auto") -> Target: ...
 def with_flash_attention(model: Any = None, *, backend: str = "auto") -> Any:
     """Exact flash attention with sinks, forward and backward, on CPU and GPU. Memory grows linearly with length.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from torch import nn
 
-from ..core import Attachment, Built, Choice, Host, Model, Phase, Report, Wrapper, check_name, choose, held_by
+from ..core import Attachment, Choice, Host, Phase, Report, Target, Wrapper, check_name, choose, held_by
 from ..kernels.experts import PACKED_BACKENDS
 from ..layout import MXFP4, Held, Layout
 from ..model.experts import (
@@ -69,9 +69,7 @@ def _packing(held: dict[str, Held]) -> list[str]:
 @overload
 def with_mxfp4_experts(model: None = None, *, backend: str = "auto") -> Mxfp4Experts: ...
 @overload
-def with_mxfp4_experts(model: Model, *, backend: str = "auto") -> Model: ...
-@overload
-def with_mxfp4_experts(model: Callable[..., Built], *, backend: str = "auto") -> Callable[..., Built]: ...
+def with_mxfp4_experts(model: Target, *, backend: str = "auto") -> Target: ...
 def with_mxfp4_experts(model: Any = None, *, backend: str = "auto") -> Any:
     """Expert weights as MXFP4, 4.25 bits each, in memory, in computation and on disk. On CPU and GPU.
 

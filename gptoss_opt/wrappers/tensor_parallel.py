@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import Attachment, Built, Host, Model, Phase, Report, Spec, Wrapper, layout_of, mesh_of
+from ..core import Attachment, Filler, Host, Phase, Report, Spec, Target, Wrapper, layout_of, mesh_of
 from ..distributed import axis_of, check_axis, why_no_axis
 from ..layout import Axis, Layout, Mesh
 from ..model.host import GPT_OSS
@@ -36,7 +36,7 @@ class TensorParallel(Wrapper):
     name: ClassVar[str] = "shard_tensor_parallel"
     phase: ClassVar[Phase] = Phase.PARALLEL
     host: ClassVar[Host] = GPT_OSS
-    defaults: ClassVar[Mapping[str, Any]] = sharded.DEFAULTS
+    defaults: ClassVar[Mapping[str, Filler]] = sharded.DEFAULTS
     provides: ClassVar[tuple[str, ...]] = ("shards",)
     reversible: ClassVar[bool] = False
 
@@ -86,22 +86,13 @@ def shard_tensor_parallel(
 ) -> TensorParallel: ...
 @overload
 def shard_tensor_parallel(
-    model: Model,
+    model: Target,
     *,
     mesh: DeviceMesh | None = None,
     degree: int | None = None,
     experts: bool = True,
     lm_head: bool = True,
-) -> Model: ...
-@overload
-def shard_tensor_parallel(
-    model: Callable[..., Built],
-    *,
-    mesh: DeviceMesh | None = None,
-    degree: int | None = None,
-    experts: bool = True,
-    lm_head: bool = True,
-) -> Callable[..., Built]: ...
+) -> Target: ...
 def shard_tensor_parallel(
     model: Any = None,
     *,

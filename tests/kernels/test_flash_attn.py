@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptoss_opt.kernels.attention import AttentionRequest, Rules, varlen
 from gptoss_opt.kernels.attention.backends import BACKENDS, FlashAttnPackage
-from gptoss_opt.kernels.attention.impl.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
+from gptoss_opt.kernels.attention.impl.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FlashAttn4
 from gptoss_opt.kernels.attention.impl.reference import reference_attention
 from gptoss_opt.kernels.attention.impl.torch_cpu import TorchCpu
 from gptoss_opt.kernels.attention.varlen import VarlenCall
@@ -212,12 +212,12 @@ def fa4_backward(
 
 STAND_INS = {
     "fa2": (
-        FlashAttn2(),
+        FLASH_ATTN_2,
         "flash_attn.flash_attn_interface",
         {"_flash_attn_varlen_forward": fa2_forward, "_flash_attn_varlen_backward": fa2_backward},
     ),
     "fa3": (
-        FlashAttn3(),
+        FLASH_ATTN_3,
         "flash_attn_interface",
         {"_flash_attn_forward": fa3_forward, "_flash_attn_backward": fa3_backward},
     ),

@@ -66,7 +66,7 @@ def _toys():
         WRAPPERS[toy.name] = toy
     yield
     for toy in TOYS:
-        WRAPPERS.pop(toy.name)
+        WRAPPERS.pop(toy.name, None)
 
 
 def small() -> Any:
@@ -129,7 +129,7 @@ def test_no_two_wrappers_write_one_attribute(names: str) -> None:
         for applied in record_of(model).applied:
             mine = {
                 (edit.path, edit.name)
-                for edit in applied.journal.edits
+                for edit in applied.edits
                 if isinstance(edit, SetAttribute) and not isinstance(edit.new, Around)
             }
             for attribute in mine:

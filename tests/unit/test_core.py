@@ -330,7 +330,7 @@ def test_a_host_that_fails_leaves_nothing() -> None:
 
         def release(self, model, journal): ...
 
-        def tell_new(self, model, parameters, journal): ...
+        def tell_new(self, parameters, model, journal): ...
 
     @dataclass(frozen=True, kw_only=True, repr=False)
     class Hosted(Greedy):
@@ -380,7 +380,7 @@ def test_hosts_are_released_in_the_reverse_order() -> None:
         def release(self, model, journal):
             journal.undo(model)
 
-        def tell_new(self, model, parameters, journal): ...
+        def tell_new(self, parameters, model, journal): ...
 
     class Second(First):
         label = "second"

@@ -11,16 +11,6 @@ from .impl.reference import reference_attention
 from .op import sink_attention
 from .visible import Rules, Visible, starts_from_cu_seq_lens, starts_from_positions
 
-__all__ = [
-    "BACKENDS",
-    "AttentionRequest",
-    "Rules",
-    "Visible",
-    "attention",
-    "starts_from_cu_seq_lens",
-    "starts_from_positions",
-]
-
 
 def attention(
     q: Tensor,

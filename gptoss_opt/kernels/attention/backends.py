@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from . import tiled, varlen
-from .impl.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
+from .impl.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FlashAttn4
 from .impl.torch_cpu import TorchCpu
 from .impl.torch_cuda import TorchEfficient, TorchFlash
 from .visible import Rules
@@ -143,8 +143,8 @@ class Reference:
 
 BACKENDS = (
     FlashAttnPackage("fa4", "flash-attn-4", "flash_attn.cute", "4.0.0b1", (9, 10, 11), HALF[:1], FlashAttn4()),
-    FlashAttnPackage("fa3", "flash-attn-3", "flash_attn_interface", "3.0.0b1", (9,), HALF, FlashAttn3()),
-    FlashAttnPackage("fa2", "flash-attn", "flash_attn", "2.7.1", (8, 9, 10, 11, 12), HALF, FlashAttn2()),
+    FlashAttnPackage("fa3", "flash-attn-3", "flash_attn_interface", "3.0.0b1", (9,), HALF, FLASH_ATTN_3),
+    FlashAttnPackage("fa2", "flash-attn", "flash_attn", "2.7.1", (8, 9, 10, 11, 12), HALF, FLASH_ATTN_2),
     Torch(),
     Reference(),
 )

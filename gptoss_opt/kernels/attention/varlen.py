@@ -39,8 +39,8 @@ class VarlenKernel(Protocol):
         knows_sinks: it takes the sinks itself, and the log-sum-exp it returns includes them.
     """
 
-    knows_sinks: bool
-
+    @property
+    def knows_sinks(self) -> bool: ...
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         """The output [P, H, D] and the log-sum-exp, float32 [H, P]."""
         ...

@@ -14,16 +14,6 @@ from .routes import Routes
 from .tracing import needs_operator
 from .weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
 
-__all__ = [
-    "DENSE_BACKENDS",
-    "PACKED_BACKENDS",
-    "DenseWeights",
-    "ExpertsRequest",
-    "PackedWeights",
-    "Routes",
-    "experts",
-]
-
 
 def experts(
     x: Tensor,

@@ -10,7 +10,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether a call is being traced, or its tensors stand for others: then no value and no address can be read."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     for tensor in tensors:  # noqa: SIM110 - a generator would be entered once for each tensor of each call
         if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):

@@ -2,5 +2,3 @@
 
 from .convert import pack, unpack
 from .format import BLOCK, FP4_VALUES, sqnr
-
-__all__ = ["BLOCK", "FP4_VALUES", "pack", "sqnr", "unpack"]

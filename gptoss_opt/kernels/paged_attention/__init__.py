@@ -12,8 +12,6 @@ from .impl import native, triton
 from .impl.torch import decode as torch_decode
 from .paged import Blocks, Chunk, Paged
 
-__all__ = ["BACKENDS", "Chunk", "Paged", "blocks_for", "choose_backend", "paged_attention"]
-
 BACKENDS = {"native": native.attend, "triton": triton.decode, "torch": torch_decode}
 """In order of preference. "native" serves all queries in one call; the others serve those that decode."""
 

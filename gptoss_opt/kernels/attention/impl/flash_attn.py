@@ -6,6 +6,9 @@ flash_attn/flash_attn_interface.py (2.7, 2.8), hopper/flash_attn_interface.py (3
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,79 +17,47 @@ from torch import Tensor
 from ..varlen import VarlenCall
 
 
-class FlashAttn2:
-    """`flash_attn` 2.7 and newer: no sinks of its own."""
+@dataclass(frozen=True)
+class FlashAttn:
+    """A package that knows no sinks.
 
-    knows_sinks = False
+    Attributes:
+        module: where its functions are.
+        functions: the names of its forward and of its backward.
+        forward_options, backward_options: what each takes besides.
+    """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-
-        out, lse, *_ = _flash_attn_varlen_forward(
-            q=q, k=k, v=v, dropout_p=0.0, causal=True, **_lengths(call), **_window(call, unlimited=-1)
-        )
-        return out, lse
-
-    def backward(
-        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        _flash_attn_varlen_backward(
-            dout=d_out,
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            softmax_lse=lse,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            dropout_p=0.0,
-            causal=True,
-            softcap=0.0,
-            alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **_lengths(call),
-            **_window(call, unlimited=-1),
-        )
-        return dq, dk, dv
-
-
-class FlashAttn3:
-    """`flash_attn_interface`, for Hopper: no sinks of its own."""
-
-    knows_sinks = False
+    module: str
+    functions: tuple[str, str]
+    forward_options: Mapping[str, Any]
+    backward_options: Mapping[str, Any]
+    knows_sinks: bool = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
-        from flash_attn_interface import _flash_attn_forward
-
-        out, lse, *_ = _flash_attn_forward(q=q, k=k, v=v, causal=True, **_lengths(call), **_window(call, unlimited=-1))
+        function = getattr(import_module(self.module), self.functions[0])
+        out, lse, *_ = function(q=q, k=k, v=v, **self.forward_options, **_lengths(call), **_window(call, unlimited=-1))
         return out, lse.contiguous()
 
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from flash_attn_interface import _flash_attn_backward
-
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        _flash_attn_backward(
-            dout=d_out,
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            softmax_lse=lse,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            is_causal=True,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **_lengths(call),
-            **_window(call, unlimited=-1),
-        )
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        options = {**self.backward_options, **_lengths(call), **_window(call, unlimited=-1)}
+        tensors = {"dout": d_out, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        getattr(import_module(self.module), self.functions[1])(**tensors, deterministic=deterministic, **options)
         return dq, dk, dv
+
+
+FLASH_ATTN_2 = FlashAttn(
+    "flash_attn.flash_attn_interface",
+    ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
+    {"dropout_p": 0.0, "causal": True},
+    {"dropout_p": 0.0, "causal": True, "softcap": 0.0, "alibi_slopes": None},
+)
+FLASH_ATTN_3 = FlashAttn(
+    "flash_attn_interface", ("_flash_attn_forward", "_flash_attn_backward"), {"causal": True}, {"is_causal": True}
+)
 
 
 class FlashAttn4:

@@ -89,19 +89,7 @@ class TorchEfficient:
         if bias is not None and bias.dtype != dtype:
             d_out, q, k, v, out = (x.to(bias.dtype) for x in (d_out, q, k, v, out))
         dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            d_out,
-            q,
-            k,
-            v,
-            bias,
-            out,
-            lse,
-            seed,
-            seed,
-            0.0,
-            [True, True, True, False],
-            call.causal,
-            scale=call.scale,
+            d_out, q, k, v, bias, out, lse, seed, seed, 0.0, [True, True, True, False], call.causal, scale=call.scale
         )
         return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
