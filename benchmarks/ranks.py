@@ -185,7 +185,7 @@ class Counting(TorchDispatchMode):
     """Counts collectives, whoever calls them: c10d's own, or the functional ones."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.traffic = Traffic()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -21,15 +21,15 @@ GONE = json.dumps(None)
 
 
 def disagreements(statement: Mapping[str, str], problems: Sequence[str], ranks: Sequence[int]) -> list[str]:
-    """What these ranks do not say alike, and what stands in the way on others; the same sentences on every rank.
+    """Compare what the ranks say; return what differs and what stands in the way on others, as sentences.
 
-    Through the store that brought the processes together, not by a collective: ranks that disagree on who takes part
-    would wait in it for ever.
+    This goes through the store that brought the processes together, not through a collective: ranks that disagree on
+    who takes part would wait in it for ever.
 
     Args:
-        statement: what is to be the same on all ranks, by what it is called.
-        problems: what stands in the way on this rank. Those of others are returned.
-        ranks: who takes part, this one among them. All of them must come here equally often.
+        statement: what must be the same on all ranks, by name.
+        problems: what stands in the way on this rank; only the problems of other ranks are returned.
+        ranks: the ranks that take part, this one among them. All of them must call this equally often.
 
     Raises:
         TimeoutError: a rank did not come within the time that the process group waits.
@@ -53,7 +53,7 @@ def disagreements(statement: Mapping[str, str], problems: Sequence[str], ranks: 
 
 
 def _meet(store: Any, rank: int, ranks: tuple[int, ...], mine: str) -> dict[int, Any]:
-    """What each rank says in the next meeting of these ranks; None for one that had given up on it before."""
+    """Exchange what each rank says in the next meeting of these ranks; None for a rank that has given up waiting."""
     keys = {other: f"gptoss_opt/{ranks}/{_MEETINGS[ranks]}/{other}" for other in ranks}
     _MEETINGS[ranks] += 1
     store.set(keys[rank], mine)

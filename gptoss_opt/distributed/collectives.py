@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -34,7 +34,8 @@ class _Through(torch.autograd.Function):
 
 
 def _through(x: Tensor, forward: Change, backward: Change) -> Tensor:
-    return cast(Tensor, _Through.apply(x, forward, backward))
+    through: Tensor = _Through.apply(x, forward, backward)  # type: ignore[no-untyped-call]
+    return through
 
 
 def _same(x: Tensor) -> Tensor:
@@ -66,17 +67,17 @@ def _sent(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Proces
 
 
 def all_reduce_output(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of every rank's `x`, the same on all; its gradient goes to each rank's `x` as it is."""
+    """Sum every rank's `x`; all ranks get the sum, and its gradient goes to each rank's `x` as it is."""
     return _through(x, partial(_summed, groups=[group]), _same)
 
 
 def all_reduce_gradient(x: Tensor, group: ProcessGroup) -> Tensor:
-    """`x`, which is the same on all ranks; its gradient is the sum of every rank's."""
+    """Return `x`, which is the same on all ranks; its gradient is summed over the ranks."""
     return _through(x, _view, partial(_summed, groups=[group]))
 
 
 def all_gather_last(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Every rank's `x` side by side along the last dimension; `sizes` are the widths, by rank.
+    """Put every rank's `x` side by side along the last dimension; `sizes` are their widths, by rank.
 
     All ranks go on with the same result and have the same gradient of it: each takes its own part.
     """
@@ -89,20 +90,20 @@ def _part(x: Tensor, begin: int, size: int) -> Tensor:
 
 
 def mean_gradient(x: Tensor, groups: Sequence[ProcessGroup], num_ranks: int) -> Tensor:
-    """`x`; its gradient is summed over the ranks of each group, and divided by `num_ranks`."""
+    """Return `x`; its gradient is summed over the ranks of each group, and divided by `num_ranks`."""
     return _through(x, _view, partial(_summed, groups=groups, num_ranks=num_ranks))
 
 
 def add_once(x: Tensor, here: bool) -> Tensor:
-    """`x` if it is added `here`, else zeros, where the results of several ranks are summed up.
+    """Return `x` if it is added `here`, else zeros, before the results of several ranks are summed up.
 
-    Its gradient is the same either way: that of the sum, which all ranks know.
+    Its gradient is the gradient of the sum either way, which all ranks know.
     """
     return _through(x, _view if here else torch.zeros_like, _same)
 
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Rows of `x` [sum(sent), ...] to the ranks of a group, and theirs from them; gradients go the other way.
+    """Send rows of `x` [sum(sent), ...] to the ranks of a group and receive theirs; gradients go the other way.
 
     Args:
         x: rows for rank 0 first, then for rank 1, and so on.
@@ -111,38 +112,38 @@ def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: P
         group: of `len(sent)` ranks.
 
     Returns:
-        `[sum(received), ...]`, those of rank 0 first.
+        The rows received, `[sum(received), ...]`: the ones from rank 0 first, then from rank 1, and so on.
     """
     there = partial(_sent, sent=sent, received=received, group=group)
     return _through(x, there, partial(_sent, sent=received, received=sent, group=group))
 
 
 def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
-    """How many rows each rank of a group sends here, given how many this one sends to each; both int64 [ranks]."""
+    """Learn how many rows each rank of a group sends here from how many each sends to each; both int64 [ranks]."""
     arriving = torch.empty_like(counts)
     distributed.all_to_all_single(arriving, counts, group=group)
     return arriving
 
 
 def broadcast(tensor: Tensor, group: ProcessGroup) -> None:
-    """Overwrite `tensor` with that of the first rank of a group."""
+    """Overwrite `tensor` with the values it has on the first rank of a group."""
     distributed.broadcast(tensor, group=group, group_src=0)
 
 
 def broadcast_object(value: Any, group: ProcessGroup) -> Any:
-    """What the first rank of a group gives; anything that can be pickled."""
+    """Return the value that the first rank of a group passes, which must be one that pickle takes."""
     values = [value]
     distributed.broadcast_object_list(values, group=group, group_src=0)
     return values[0]
 
 
 def all_gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], rank: int, group: ProcessGroup) -> list[Tensor]:
-    """The parts that the ranks of a group hold, on all of them. Parts may be uneven.
+    """Gather the parts that the ranks of a group hold, on all of them. Parts may be uneven.
 
     Args:
         local: the part of this rank.
-        shapes: of each rank's part.
-        rank: the place of this one in the group.
+        shapes: the shape of each rank's part.
+        rank: the place of this rank in the group.
         group: the ranks.
     """
     parts = [local.contiguous() if other == rank else local.new_empty(shape) for other, shape in enumerate(shapes)]
@@ -152,7 +153,7 @@ def all_gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], rank: int, 
 
 
 def gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], rank: int, group: ProcessGroup) -> list[Tensor] | None:
-    """As `all_gather_parts`, on the first rank of the group; None on the others."""
+    """Gather as `all_gather_parts` does, but on the first rank of the group alone; the others get None."""
     if rank:
         distributed.send(local.contiguous(), group=group, group_dst=0)
         return None

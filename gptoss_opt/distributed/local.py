@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .collectives import add_once, all_reduce_gradient, mean_gradient
 def dtensor_of(
     local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: tuple[int, ...]
 ) -> DTensor:
-    """The DTensor of which this rank holds `local`. Nothing is sent."""
+    """Make the DTensor of which this rank holds `local`. Nothing is sent."""
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
@@ -82,7 +82,8 @@ def with_local_parameters(
 
 def _local(parameter: DTensor) -> Tensor:
     if parameter.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _Local.apply(parameter))
+        local: Tensor = _Local.apply(parameter)  # type: ignore[no-untyped-call]
+        return local
     return parameter.to_local()
 
 

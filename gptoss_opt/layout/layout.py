@@ -39,7 +39,7 @@ class New:
         init: its first values, by their name in `INITS`.
         trainable: whether it takes gradients.
         beside: the parameter whose module it computes with, so that it is split as that one is.
-        dims: pairs of a dimension of `beside` and the dimension of this one that runs along with it.
+        dims: pairs of a dimension of `beside` and the dimension of the new parameter that is split along with it.
         by: the wrapper that asked for it.
     """
 
@@ -181,17 +181,17 @@ class Layout:
         beside: str | None = None,
         dims: Mapping[int, int] | None = None,
     ) -> Layout:
-        """This layout with a new parameter, which exists as long as a wrapper asks for it.
+        """Return this layout with a new parameter, which exists as long as a wrapper asks for it.
 
         Its first values are the same on all ranks, and whatever else is on the model. It keeps its values when other
         wrappers come and go, and is split as the parameter `beside` which it computes.
 
         Args:
-            parameter: its name: that of a module that is there already, and one more word.
-            shape: of all of it, as a process alone would hold it.
+            parameter: its name, which is the name of a module of the model and one more word.
+            shape: its whole shape, as one process alone would hold it.
             init: "zeros", "ones", or "kaiming_uniform" (He et al. 2015, as PEFT draws the first matrix of a LoRA pair:
                 uniform within one over the square root of the last dimension).
-            dtype: of its values.
+            dtype: the dtype of its values.
             trainable: whether it takes gradients.
             beside: a parameter of the same module, with which it takes part in one computation.
             dims: which dimension of `beside` runs along which of this one, such as {0: 0} for the outputs of a weight
