@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psutil
 import torch
 from torch import nn
 
+from ..core import mesh_of
 from ..model import serving
 from .batch import Batch, Span
 from .cache import Cache, Group
@@ -32,7 +35,9 @@ def build_engine(
 ) -> Engine:
     """The engine of a `ContinuousBatcher`. Raises `ValueError` if `kv_memory` is less than a page per kind of layer."""
     groups = tuple(Group(kind, *found) for kind, found in serving.kinds_of_layers(model).items())
-    shape, mesh, max_tokens = serving.key_shape(model), serving.model_mesh(model), serving.max_tokens(model)
+    shape, mesh = serving.key_shape(model), mesh_of(model)
+    config: Any = model.config
+    max_tokens = config.max_position_embeddings
     bytes_of_page = page_size * shape.num_bytes * max(len(group.layers) for group in groups)
 
     if shape.device.type != "cuda":
