@@ -84,8 +84,7 @@ class ContinuousBatcher:
             served.release(model, self)
             raise
         self._stepper = Stepper(engine)
-        config: Any = model.config
-        max_tokens = config.max_position_embeddings
+        max_tokens = engine.runner.memory.max_tokens
         self._builder = RequestBuilder(model, max_tokens, engine.scheduler.why_never, self._stepper.step)
 
     def generate(

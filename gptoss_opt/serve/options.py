@@ -88,7 +88,7 @@ class Sampling:
     """How a token is drawn from the logits. Equal by value: sequences with the same are sampled together.
 
     Attributes:
-        temperature, top_k, top_p, min_p: as in transformers; a temperature of None is greedy.
+        temperature, top_k, top_p, min_p: as in transformers; a temperature of None is greedy: the likeliest is taken.
         repetition_penalty: as in transformers.
     """
 
@@ -97,11 +97,6 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return self.temperature is None
 
 
 @dataclass(frozen=True)
@@ -167,7 +162,7 @@ class Options:
                 f"min_new_tokens is {options.min_new_tokens}, more than max_new_tokens, {options.max_new_tokens}. "
                 "Lower it."
             )
-        if options.num_return_sequences > 1 and options.sampling.greedy:
+        if options.num_return_sequences > 1 and options.sampling.temperature is None:
             raise ValueError(
                 f"num_return_sequences is {options.num_return_sequences}, and greedy completions of one prompt are all "
                 "the same. Sample them: do_sample=True."

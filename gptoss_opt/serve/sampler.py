@@ -76,7 +76,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
             for row, member in enumerate(members):
                 _shape(scores[row], draws[member])
             numbers = [draws[member].number for member in members]
-            tokens[rows] = scores.argmax(-1) if sampling.greedy else _sample(scores, sampling, numbers)
+            tokens[rows] = scores.argmax(-1) if sampling.temperature is None else _sample(scores, sampling, numbers)
     tokens = torch.where(largest.isfinite(), tokens, -1)
     made = tokens.tolist()
     found = [Drawn(None if token < 0 else token) for token in made]
