@@ -64,9 +64,9 @@ def _whole_number(minimum: int) -> Callable[[str], int]:
 def _demo(args: argparse.Namespace) -> int:
     from .demo import DemoError, run_demo
 
-    chosen = {name: getattr(args, name) for name in ("lengths", "new_tokens", "dtype", "threads", "ranks")}
+    given = {name: value for name, value in vars(args).items() if name not in ("run", "model") and value is not None}
     try:
-        report = run_demo(args.model, **{name: value for name, value in chosen.items() if value is not None})
+        report = run_demo(args.model, **given)
     except (DemoError, CompatibilityError, BackendError) as error:
         print(f"gptoss_opt demo: {error}", file=sys.stderr)
         return 2

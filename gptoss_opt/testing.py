@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 GROUP = 32
 """Values that share one scale in MXFP4 (OCP Microscaling Formats 1.0): 16 bytes of two 4-bit floats each."""
@@ -99,12 +100,12 @@ def _bias(*shape: int) -> TensorSpec:
     return TensorSpec(shape, std=0.1)
 
 
-def _matrix(num_out: int, num_in: int) -> TensorSpec:
-    return TensorSpec((num_out, num_in), std=num_in**-0.5)
+def _linear(name: str, num_out: int, num_in: int) -> dict[str, TensorSpec]:
+    return {f"{name}.weight": TensorSpec((num_out, num_in), std=num_in**-0.5), f"{name}.bias": _bias(num_out)}
 
 
 def _packed(name: str, experts: int, num_out: int, num_in: int) -> dict[str, TensorSpec]:
-    """The three tensors of one expert projection. Values have a std of about 1 / sqrt(num_in), as in `_matrix`."""
+    """The three tensors of one expert projection. Values have a std of about 1 / sqrt(num_in), as in `_linear`."""
     exponent = round(math.log2(num_in**-0.5 / (FP4_RMS * SCALE_RMS)))
     return {
         f"{name}_blocks": TensorSpec((experts, num_out, num_in // GROUP, GROUP // 2), "blocks"),
@@ -118,17 +119,12 @@ def _layer(size: Size) -> dict[str, TensorSpec]:
     return {
         "input_layernorm.weight": _norm(size.hidden),
         "self_attn.sinks": TensorSpec((size.heads,), std=1.0),
-        "self_attn.q_proj.weight": _matrix(width, size.hidden),
-        "self_attn.q_proj.bias": _bias(width),
-        "self_attn.k_proj.weight": _matrix(kv_width, size.hidden),
-        "self_attn.k_proj.bias": _bias(kv_width),
-        "self_attn.v_proj.weight": _matrix(kv_width, size.hidden),
-        "self_attn.v_proj.bias": _bias(kv_width),
-        "self_attn.o_proj.weight": _matrix(size.hidden, width),
-        "self_attn.o_proj.bias": _bias(size.hidden),
+        **_linear("self_attn.q_proj", width, size.hidden),
+        **_linear("self_attn.k_proj", kv_width, size.hidden),
+        **_linear("self_attn.v_proj", kv_width, size.hidden),
+        **_linear("self_attn.o_proj", size.hidden, width),
         "post_attention_layernorm.weight": _norm(size.hidden),
-        "mlp.router.weight": _matrix(size.experts, size.hidden),
-        "mlp.router.bias": _bias(size.experts),
+        **_linear("mlp.router", size.experts, size.hidden),
         **_packed("mlp.experts.gate_up_proj", size.experts, 2 * size.intermediate, size.hidden),
         **_packed("mlp.experts.down_proj", size.experts, size.hidden, size.intermediate),
     }
@@ -145,7 +141,8 @@ def shard_specs(size: Size, layers: int) -> Iterator[dict[str, TensorSpec]]:
     yield {"model.embed_tokens.weight": TensorSpec((size.vocab, size.hidden), std=1.0)}
     for index in range(layers):
         yield {f"model.layers.{index}.{name}": spec for name, spec in _layer(size).items()}
-    yield {"model.norm.weight": _norm(size.hidden), "lm_head.weight": _matrix(size.vocab, size.hidden)}
+    head = TensorSpec((size.vocab, size.hidden), std=size.hidden**-0.5)
+    yield {"model.norm.weight": _norm(size.hidden), "lm_head.weight": head}
 
 
 def _config(size: Size, layers: int) -> dict[str, Any]:
@@ -263,7 +260,8 @@ def random_checkpoint(
 def _write(folder: Path, size: Size, layers: int, seed: int, progress: bool) -> None:
     shards = list(shard_specs(size, layers))
     weight_map: dict[str, str] = {}
-    for number, specs in enumerate(_with_bar(shards, progress), start=1):
+    bar = tqdm(shards, desc="writing a random checkpoint", unit="file", disable=not progress)
+    for number, specs in enumerate(bar, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(specs, file)
         # Each tensor has its own stream of random numbers, so it is the same whatever else is written.
@@ -277,11 +275,3 @@ def _write(folder: Path, size: Size, layers: int, seed: int, progress: bool) -> 
         "generation_config.json": special,
     }.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _with_bar(shards: list[dict[str, TensorSpec]], progress: bool) -> Any:
-    if not progress:
-        return shards
-    from tqdm.auto import tqdm
-
-    return tqdm(shards, desc="writing a random checkpoint", unit="file")

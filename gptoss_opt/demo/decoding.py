@@ -10,9 +10,7 @@ from statistics import median_low
 from typing import Any
 
 import torch
-import torch.distributed
-import torch.multiprocessing
-from torch import Tensor
+from torch import Tensor, distributed, multiprocessing
 
 from .. import explain, load
 from ..model.experts import expert_parameters
@@ -21,10 +19,6 @@ from .measure import greedy, load_model, random_prompt, verify
 
 PROMPT_LENGTH = 64
 """How many tokens come before those that are timed."""
-
-# torch does not declare all that it has in them.
-distributed: Any = torch.distributed
-multiprocessing: Any = torch.multiprocessing
 
 
 class Clock(list[float]):

@@ -45,9 +45,8 @@ def _begin(measure: Callable[..., Iterator[Step]], *args: Any) -> None:
     _steps = measure(*args)
     # Progress bars within the demo's own; errors come back as exceptions.
     sys.stderr = io.StringIO()
-    untyped: Any = transformers_logging
-    untyped.set_verbosity_error()
-    untyped.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _next() -> list[Step]:

@@ -74,21 +74,17 @@ def run_demo(
         if model is None and wide is not None and any(comparison.wide for comparison in chosen):
             name = "one layer as wide as gpt-oss-20b's, 8 experts" if wide is WIDE else name
             checkpoints[True] = name, str(random_checkpoint(Path(scratch, "wide"), wide))
-        work = []
-        for comparison in chosen:
-            own = comparison.dtype(dtype) if comparison.dtype else dtype or ("auto" if model else "float32")
-            folder = Path(tempfile.mkdtemp(dir=scratch))
-            settings = Settings(*checkpoints[comparison.wide], own, new_tokens, lengths, threads, ranks, folder)
-            work.append((comparison, settings))
+        found = []
         total = sum(len(one.cases) * (1 + len(lengths) if one.per_length else 1) for one in chosen)
         with tqdm(total=total, bar_format="{desc:<53}{bar}| {n_fmt}/{total_fmt} {elapsed}", ncols=80) as bar:
-            found = [(*one, tuple(_outcomes(*one, isolated, bar))) for one in work]
+            for one in chosen:
+                own = one.dtype(dtype) if one.dtype else dtype or ("auto" if model else "float32")
+                folder = Path(tempfile.mkdtemp(dir=scratch))
+                settings = Settings(*checkpoints[one.wide], own, new_tokens, lengths, threads, ranks, folder)
+                found.append((replace(one, outcomes=tuple(_outcomes(one, settings, isolated, bar))), vars(settings)))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {"device": device, "threads": threads or torch.get_num_threads()}
-    tables = tuple(
-        replace(comparison, title=comparison.title.format(**vars(settings) | facts), outcomes=outcomes)
-        for comparison, settings, outcomes in found
-    )
+    tables = tuple(replace(one, title=one.title.format(**settings | facts)) for one, settings in found)
     return DemoReport(tables, CODE.format(model=model or "openai/gpt-oss-20b"))
 
 

@@ -8,10 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..core import mesh_of
-from ..distributed import ModelMesh
 from ..kernels.paged_attention import Paged
 from .attention import KEY
 from .host import GPT_OSS
@@ -44,12 +43,11 @@ def why_not_served(model: nn.Module) -> Iterator[str]:
     if reason := GPT_OSS.why_not(model):
         yield reason
         return
-    hf = cast(PreTrainedModel, model)
-    if not hf.can_generate():
+    if not cast(PreTrainedModel, model).can_generate():
         yield f"{type(model).__name__} generates no text: give a GptOssForCausalLM."
         return
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if devices != [str(next(model.parameters()).device)]:
+    if len(devices) > 1:
         yield f"its parameters are on {' and '.join(devices)}: move the model to one device, or shard it."
     elif devices == ["meta"]:
         yield "its parameters are on the meta device and hold nothing: load the weights first."
@@ -79,31 +77,9 @@ def key_shape(model: nn.Module) -> KeyShape:
     return KeyShape(num_heads, attention.num_key_value_groups, attention.head_dim, weight.dtype, weight.device)
 
 
-def max_tokens(model: nn.Module) -> int:
-    """How many tokens a sequence may have."""
-    return int(cast(PreTrainedModel, model).config.max_position_embeddings)
-
-
-def vocab_size(model: nn.Module) -> int:
-    """How many token ids there are."""
-    return int(cast(PreTrainedModel, model).config.vocab_size)
-
-
-def generation_config_of(model: nn.Module) -> GenerationConfig:
-    """The generation config of the model's own, which fills up what a request leaves open."""
-    return cast(GenerationConfig, cast(Any, model).generation_config)
-
-
-def model_mesh(model: nn.Module) -> ModelMesh | None:
-    """The ranks that hold the model together, or None for a single one."""
-    mesh = mesh_of(model)
-    assert mesh is None or isinstance(mesh, ModelMesh)
-    return mesh
-
-
 def why_not_captured(model: nn.Module) -> str | None:
     """The reason why a step cannot be captured in a CUDA graph, or None."""
-    if model_mesh(model) is not None:
+    if mesh_of(model) is not None:
         return "ranks hold the model together"
     experts = str(cast(Any, model).config._experts_implementation)
     if not experts.startswith(KEY.format("")):

@@ -1,5 +1,6 @@
 """Serving a model to many at once: pages of keys, a scheduler, packed steps, and requests that stream."""
 
 from .batcher import ContinuousBatcher
-from .request import GenerationError, Logprobs, Request
+from .request import GenerationError, Request
+from .sampler import Logprobs
 from .stats import Stats

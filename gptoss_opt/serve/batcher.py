@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -85,13 +84,8 @@ class ContinuousBatcher:
             served.release(model, self)
             raise
         self._stepper = Stepper(engine)
-        self._builder = RequestBuilder(
-            serving.vocab_size(model),
-            serving.max_tokens(model),
-            engine.scheduler.why_never,
-            serving.generation_config_of(model),
-            self._stepper.step,
-        )
+        max_tokens = engine.runner.memory.max_tokens
+        self._builder = RequestBuilder(model, max_tokens, engine.scheduler.why_never, self._stepper.step)
 
     def generate(
         self,
@@ -123,12 +117,33 @@ class ContinuousBatcher:
         """
         stepper = self._stepper
         if not stepper.leads:
-            if stepper.in_background:
+            if stepper.thread is not None:
                 raise RuntimeError(FOLLOWS)
             return stepper.follow()
-        return stepper.lead(
-            partial(self._generate, prompts, generation_config, tokenizer, progress, return_exceptions, options)
-        )
+        with stepper.lead() as results:
+            if isinstance(prompts, str) or not hasattr(prompts, "__len__") or hasattr(prompts, "keys"):
+                what = type(prompts).__name__
+                raise ValueError(f"prompts are a list of lists of token ids, or of texts, not a {what}.")
+            config = generation_config
+            configs = config if isinstance(config, list | tuple) else [config] * len(prompts)
+            if len(configs) != len(prompts):
+                given = f"{len(configs)} configs for {len(prompts)} prompts"
+                raise ValueError(f"{given}: give one for all, or one for each.")
+            # What can be read once only is read for all prompts.
+            options = {name: tuple(value) if isinstance(value, Iterator) else value for name, value in options.items()}
+            made: list[Request | ValueError] = []
+            for number, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
+                made += self._requests_or_errors(number, prompt, one, tokenizer, options)
+                if isinstance(made[-1], ValueError) and not return_exceptions:
+                    raise made[-1]
+            self._complete([one for one in made if isinstance(one, Request)], progress)
+            results += [_result_of(one, tokenizer) for one in made]
+            failed = [result for result in results if isinstance(result, GenerationError)]
+            if failed and not return_exceptions:
+                error = GenerationError(f"{len(failed)} of {len(results)} could not be completed: {failed[0]}")
+                error.results = results
+                raise error from failed[0]
+        return results
 
     def submit(
         self,
@@ -170,7 +185,7 @@ class ContinuousBatcher:
         stepper.check_open()
         if not stepper.leads:
             raise RuntimeError(FOLLOWS)
-        if stepper.engine.mesh is not None and not stepper.in_background:
+        if stepper.engine.mesh is not None and stepper.thread is None:
             raise RuntimeError(
                 "several ranks hold the model: submit inside `with batcher:`, which each of them enters."
             )
@@ -213,42 +228,6 @@ class ContinuousBatcher:
         finally:
             served.release(self.model, self)
 
-    def _generate(
-        self,
-        prompts: Sequence[Prompt],
-        config: GenerationConfig | Sequence[GenerationConfig] | None,
-        tokenizer: Any,
-        progress: bool,
-        return_exceptions: bool,
-        options: dict[str, Any],
-    ) -> list[Any]:
-        if isinstance(prompts, str) or not hasattr(prompts, "__len__") or hasattr(prompts, "keys"):
-            raise ValueError(f"prompts are a list of lists of token ids, or of texts, not a {type(prompts).__name__}.")
-        configs = config if isinstance(config, list | tuple) else [config] * len(prompts)
-        if len(configs) != len(prompts):
-            raise ValueError(f"{len(configs)} configs for {len(prompts)} prompts: give one for all, or one for each.")
-        # What can be read once only is read for all prompts.
-        options = {name: tuple(value) if isinstance(value, Iterator) else value for name, value in options.items()}
-        made: list[list[Request] | list[ValueError]] = []
-        for number, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
-            made.append(self._requests_or_errors(number, prompt, one, tokenizer, options))
-            if isinstance(made[-1][0], ValueError) and not return_exceptions:
-                raise made[-1][0]
-        requests = [request for some in made for request in some if isinstance(request, Request)]
-        try:
-            self._stepper.send(requests)
-            self._watch(requests, progress)
-        finally:
-            for request in requests:
-                request.cancel()
-        results = [_result_of(one, tokenizer) for some in made for one in some]
-        failed = [result for result in results if isinstance(result, GenerationError)]
-        if failed and not return_exceptions:
-            error = GenerationError(f"{len(failed)} of {len(results)} could not be completed: {failed[0]}")
-            error.results = results
-            raise error from failed[0]
-        return results
-
     def _requests_or_errors(
         self, number: int, prompt: Prompt, config: GenerationConfig | None, tokenizer: Any, options: dict[str, Any]
     ) -> list[Request] | list[ValueError]:
@@ -256,22 +235,27 @@ class ContinuousBatcher:
         try:
             return self._builder.build(prompt, config, tokenizer, options)
         except ValueError as error:
-            configs = (config, self._builder.generation_config)
+            configs = (config, self.model.generation_config)
             asked = [options.get("num_return_sequences"), *(getattr(c, "num_return_sequences", None) for c in configs)]
             several = next((one for one in asked if one is not None), 1)
             return [ValueError(f"prompt {number}: {error}")] * (max(1, several) if isinstance(several, int) else 1)
 
-    def _watch(self, requests: Sequence[Request], progress: bool) -> None:
+    def _complete(self, requests: Sequence[Request], progress: bool) -> None:
         """Wait until all requests are done, with a bar that counts them."""
-        with tqdm(total=len(requests), unit="request", disable=not progress) as bar:
-            going = list(requests)
-            while going:
-                if not self.step():
-                    going[0].wait(0.1)
-                left = [request for request in going if not request.done]
-                bar.set_postfix_str(f"{self._stepper.engine.counts.tokens_out_per_second:.0f} tokens/s", refresh=False)
-                bar.update(len(going) - len(left))
-                going = left
+        going, counts = list(requests), self._stepper.engine.counts
+        try:
+            self._stepper.send(requests)
+            with tqdm(total=len(requests), unit="request", disable=not progress) as bar:
+                while going:
+                    if not self.step():
+                        going[0].wait(0.1)
+                    left = [request for request in going if not request.done]
+                    bar.set_postfix_str(f"{counts.per_second(counts.tokens_out):.0f} tokens/s", refresh=False)
+                    bar.update(len(going) - len(left))
+                    going = left
+        finally:
+            for request in requests:
+                request.cancel()
 
 
 FOLLOWS = "this rank follows the first, which schedules: submit there."
@@ -279,15 +263,13 @@ FOLLOWS = "this rank follows the first, which schedules: submit there."
 
 def _check(max_num_sequences: Any, max_batch_tokens: Any, kv_memory: Any, page_size: Any) -> None:
     """Raise `ValueError` for options that make no sense."""
-    numbers = {
-        "max_num_sequences": max_num_sequences,
-        "max_batch_tokens": max_batch_tokens,
-        "page_size": page_size,
-        **({} if kv_memory == "auto" else {"kv_memory": kv_memory}),
-    }
-    for name, value in numbers.items():
+    for name, value, extra in (
+        ("max_num_sequences", max_num_sequences, ""),
+        ("max_batch_tokens", max_batch_tokens, ""),
+        ("page_size", page_size, ""),
+        ("kv_memory", 1 if kv_memory == "auto" else kv_memory, ' of bytes, or "auto"'),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            extra = ' of bytes, or "auto"' if name == "kv_memory" else ""
             raise ValueError(f"{name} is {value!r}, and must be a number of at least 1{extra}.")
     if max_batch_tokens < max_num_sequences:
         raise ValueError(
@@ -301,13 +283,10 @@ def _result_of(request: Request | ValueError, tokenizer: Any) -> Any:
         return request
     try:
         tokens = request.result()
+        return tokens if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
     except GenerationError as error:
         return error
-    if tokenizer is None:
-        return tokens
-    try:
-        return tokenizer.decode(tokens, skip_special_tokens=True)
     except Exception as error:
-        failed = GenerationError(f"the tokenizer failed on the new tokens: {error!r}", tokens)
+        failed = GenerationError(f"the tokenizer failed on the new tokens: {error!r}", list(request.tokens))
         failed.__cause__ = error
         return failed

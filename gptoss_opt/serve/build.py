@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psutil
 import torch
 from torch import nn
 
+from ..core import mesh_of
 from ..model import serving
 from .batch import Batch, Span
 from .cache import Cache, Group
@@ -32,7 +35,9 @@ def build_engine(
 ) -> Engine:
     """The engine of a `ContinuousBatcher`. Raises `ValueError` if `kv_memory` is less than a page per kind of layer."""
     groups = tuple(Group(kind, *found) for kind, found in serving.kinds_of_layers(model).items())
-    shape, mesh, max_tokens = serving.key_shape(model), serving.model_mesh(model), serving.max_tokens(model)
+    shape, mesh = serving.key_shape(model), mesh_of(model)
+    config: Any = model.config
+    max_tokens = config.max_position_embeddings
     bytes_of_page = page_size * shape.num_bytes * max(len(group.layers) for group in groups)
 
     if shape.device.type != "cuda":
@@ -40,15 +45,12 @@ def build_engine(
     else:
         why_no_graphs = serving.why_not_captured(model) if cuda_graphs else "cuda_graphs=False"
 
-    def runner_of(num_pages: int) -> Runner:
-        memory = PagedMemory(
-            groups,
-            shape,
-            num_pages=num_pages + 1,  # and the one that is nobody's
-            page_size=page_size,
-            num_rows=max_num_sequences,
-            max_tokens=max_tokens,
-        )
+    def cache_of(num_pages: int) -> Cache:
+        # And the page that is nobody's.
+        return Cache(num_pages + 1, groups, page_size, share=share_prefixes)
+
+    def runner_of(cache: Cache) -> Runner:
+        memory = PagedMemory(cache, shape, num_rows=max_num_sequences, max_tokens=max_tokens)
         return Runner(model, memory, None if why_no_graphs else CudaCapture())
 
     if kv_memory != "auto":
@@ -56,10 +58,10 @@ def build_engine(
     elif shape.device.type == "cuda":
         step = min(max_batch_tokens, max_tokens)
         probe = -(-step // page_size) * len(groups)
-        room = SHARE_OF_GPU * _left_by_a_step(runner_of(probe), step, min(step, max_num_sequences))
+        room = SHARE_OF_GPU * _left_by_a_step(runner_of(cache_of(probe)), step, min(step, max_num_sequences))
     else:
         room = SHARE_OF_CPU * psutil.virtual_memory().available
-    max_pages = Cache(1, groups, page_size).max_pages(max_tokens) * max_num_sequences
+    max_pages = cache_of(0).max_pages(max_tokens) * max_num_sequences
     num_pages = min(int(room / bytes_of_page), max_pages)
     if mesh is not None:
         num_pages = mesh.broadcast_from_first(num_pages)
@@ -68,9 +70,9 @@ def build_engine(
             f"kv_memory of {int(room):,} bytes is less than a page of {page_size} tokens for each kind of layer takes, "
             f"{bytes_of_page * len(groups):,}. Give more, or use a smaller page_size."
         )
-    cache = Cache(num_pages + 1, groups, page_size, share=share_prefixes)
+    cache = cache_of(num_pages)
     scheduler = Scheduler(cache, max_num_sequences, max_batch_tokens)
-    return Engine(scheduler, runner_of(num_pages), mesh, bytes_of_page=bytes_of_page, why_no_graphs=why_no_graphs)
+    return Engine(scheduler, runner_of(cache), mesh, bytes_of_page=bytes_of_page, why_no_graphs=why_no_graphs)
 
 
 def _left_by_a_step(runner: Runner, num_tokens: int, num_sampled: int) -> int:

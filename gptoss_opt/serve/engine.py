@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -33,31 +33,27 @@ class Answer:
     closed: bool = False
 
 
+@dataclass(eq=False)
 class Engine:
     """All requests that are not done yet, and how they go on.
 
-    Args:
+    Attributes:
         scheduler: what is computed when.
         runner: what computes it.
         mesh: the ranks that hold the model together: the first schedules, and the others `follow`.
         bytes_of_page: how many bytes a page takes on this rank.
         why_no_graphs: the reason why steps are not captured in CUDA graphs, or None.
+        requests, counts: what goes on, and what was done.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        runner: Runner,
-        mesh: ModelMesh | None,
-        *,
-        bytes_of_page: int,
-        why_no_graphs: str | None = None,
-    ) -> None:
-        self.scheduler, self.runner, self.mesh = scheduler, runner, mesh
-        self.bytes_of_page, self.why_no_graphs = bytes_of_page, why_no_graphs
-        self.requests: dict[SequenceState, Request] = {}
-        self.counts = Counts()
-        self._meets = True  # whether the ranks still meet
+    scheduler: Scheduler
+    runner: Runner
+    mesh: ModelMesh | None
+    bytes_of_page: int
+    why_no_graphs: str | None
+    requests: dict[SequenceState, Request] = field(default_factory=dict[SequenceState, Request])
+    counts: Counts = field(default_factory=Counts)
+    _meets: bool = True  # whether the ranks still meet
 
     def add(self, request: Request) -> None:
         """Take a request in."""
@@ -77,8 +73,7 @@ class Engine:
         batch = Batch.of(works)
         self.tell(batch)
         logits = self._compute(batch)
-        in_prompts = [one for one in works if one.sequence.num_computed < one.sequence.prompt_length]
-        num_prompt_tokens = sum([one.num_tokens for one in in_prompts])
+        in_prompts = [one.num_tokens for one in works if one.sequence.num_computed < one.sequence.prompt_length]
         rows = [row for row, work in enumerate(works) if work.num_tokens == work.sequence.remaining]
         sampled = [works[row].sequence for row in rows]
         # Of a prompt that goes on nothing is sampled, but its logits tell whether what was computed is finite.
@@ -89,7 +84,9 @@ class Engine:
             self.scheduler.cache.forget(self.scheduler.running)
         for sequence, num_tokens in works:
             self.scheduler.cache.advance(sequence, num_tokens)
-        self.counts.step(num_prompt_tokens, time.perf_counter() - started)
+        self.counts.num_steps += 1
+        self.counts.tokens_in += sum(in_prompts)
+        self.counts.seconds += time.perf_counter() - started
         for sequence, one in zip(sampled, drawn, strict=True):
             self._take(sequence, one)
         return True
@@ -111,8 +108,8 @@ class Engine:
             finished=counts.finished,
             tokens_in=counts.tokens_in,
             tokens_out=counts.tokens_out,
-            tokens_in_per_second=counts.tokens_in_per_second,
-            tokens_out_per_second=counts.tokens_out_per_second,
+            tokens_in_per_second=counts.per_second(counts.tokens_in),
+            tokens_out_per_second=counts.per_second(counts.tokens_out),
             num_steps=counts.num_steps,
             pages_used=pages.num_used,
             most_pages_used=scheduler.max_pages_used,
@@ -170,7 +167,11 @@ class Engine:
         if reason is not None:
             self._forget(sequence)
         request.push(drawn, reason)
-        self.counts.token(request.times, request.submitted)
+        self.counts.tokens_out += 1
+        if len(request.times) > 1:
+            self.counts.between.append(request.times[-1] - request.times[-2])
+        else:
+            self.counts.first.append(request.times[-1] - request.submitted)
 
     def _reason_to_stop(self, request: Request, token: int) -> str | None:
         """Why `token` is the last one of a request, or None."""

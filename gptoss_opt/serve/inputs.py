@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from ..kernels import memory
 from ..kernels.paged_attention import Chunk, Paged, blocks_for, choose_backend
 from ..model.serving import KeyShape
 from .batch import Batch
-from .cache import Group
+from .cache import Cache
 from .pages import NOWHERE
 
 
@@ -36,30 +36,20 @@ class PagedMemory:
     """The keys and values of all pages, and the block tables of all sequences that run, on the device.
 
     Args:
-        groups: the kinds of layers.
+        cache: says which pages there are, and which layers use them.
         shape: the shape of the keys of one token in one layer.
-        num_pages: how many pages there are, for all groups together, page `NOWHERE` included.
-        page_size: how many tokens share a page.
         num_rows: how many sequences run at once.
         max_tokens: how many tokens a sequence may have.
     """
 
     @torch.inference_mode(False)
-    def __init__(
-        self,
-        groups: tuple[Group, ...],
-        shape: KeyShape,
-        *,
-        num_pages: int,
-        page_size: int,
-        num_rows: int,
-        max_tokens: int,
-    ) -> None:
-        self.groups, self.shape, self.page_size, self.num_rows = groups, shape, page_size, num_rows
+    def __init__(self, cache: Cache, shape: KeyShape, *, num_rows: int, max_tokens: int) -> None:
+        self.groups, self.page_size = groups, page_size = cache.groups, cache.page_size
+        self.shape, self.num_rows, self.max_tokens = shape, num_rows, max_tokens
         width = -(-max_tokens // page_size)
         self.block_tables = torch.zeros(len(groups), num_rows, width, dtype=torch.int32, device=shape.device)
         # A page is of one group at a time, and holds the keys of all its layers: groups share the memory.
-        size = (num_pages, shape.num_heads, page_size, shape.head_dim)
+        size = (len(cache.pages.users), shape.num_heads, page_size, shape.head_dim)
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         for n in range(max(len(group.layers) for group in groups)):
@@ -70,7 +60,7 @@ class PagedMemory:
         self.backend = choose_backend(shape.device.type, shape.dtype, shape.head_dim)
 
     def inputs(self, batch: Batch) -> Inputs:
-        """A batch as tensors, sent to the device at once; its new pages are put into the block tables first."""
+        """A batch as tensors, sent to the device by one transfer; its new pages are put into the block tables first."""
         numbers: list[int] = []
         span_numbers: list[int] = []
         chunks: list[Chunk] = []
@@ -80,9 +70,11 @@ class PagedMemory:
             span_numbers += [n] * count
             if count > 1:
                 chunks.append(Chunk(begin, begin + count, span.end, span.first))
-        tokens, positions, span_of, spans, last, new_pages = self._sent(
-            batch.tokens, numbers, span_numbers, _flat(batch.spans), batch.last, _flat(batch.new_pages)
-        )
+        columns = (batch.tokens, numbers, span_numbers, _flat(batch.spans), batch.last, _flat(batch.new_pages))
+        device = self.block_tables.device
+        packed = torch.tensor(_flat(columns), dtype=torch.int64, pin_memory=device.type == "cuda")
+        parts = torch.split(packed.to(device, non_blocking=True), [*map(len, columns)])
+        tokens, positions, span_of, spans, last, new_pages = parts
         rows, _, ends, firsts, write_from = spans.view(-1, 5).unbind(1)
         g, row, place, page = new_pages.view(-1, 4).unbind(1)
         self.block_tables[g, row, place] = page.int()
@@ -101,12 +93,6 @@ class PagedMemory:
             where = pages, places, block_table, starts, context_lens
             paged[group.kind] = Paged(self.keys, self.values, *where, tuple(seen), self.backend, blocks)
         return Inputs(tokens, positions, paged, last)
-
-    def _sent(self, *columns: Sequence[int]) -> tuple[Tensor, ...]:
-        """Lists of numbers as int64 tensors on the device, by one transfer."""
-        device = self.block_tables.device
-        numbers = torch.tensor(_flat(columns), dtype=torch.int64, pin_memory=device.type == "cuda")
-        return torch.split(numbers.to(device, non_blocking=True), [*map(len, columns)])
 
 
 def _flat(rows: Iterable[Iterable[int]]) -> list[int]:

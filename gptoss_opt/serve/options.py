@@ -88,7 +88,7 @@ class Sampling:
     """How a token is drawn from the logits. Equal by value: sequences with the same are sampled together.
 
     Attributes:
-        temperature, top_k, top_p, min_p: as in transformers; a temperature of None is greedy.
+        temperature, top_k, top_p, min_p: as in transformers; a temperature of None is greedy: the likeliest is taken.
         repetition_penalty: as in transformers.
     """
 
@@ -97,11 +97,6 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return self.temperature is None
 
 
 @dataclass(frozen=True)
@@ -167,7 +162,7 @@ class Options:
                 f"min_new_tokens is {options.min_new_tokens}, more than max_new_tokens, {options.max_new_tokens}. "
                 "Lower it."
             )
-        if options.num_return_sequences > 1 and options.sampling.greedy:
+        if options.num_return_sequences > 1 and options.sampling.temperature is None:
             raise ValueError(
                 f"num_return_sequences is {options.num_return_sequences}, and greedy completions of one prompt are all "
                 "the same. Sample them: do_sample=True."
@@ -212,14 +207,17 @@ def _implemented(name: str, value: Any) -> bool:
     return name in READ or name in WITHOUT_EFFECT or nothing or NEUTRAL.get(name) == value
 
 
+def is_id(value: object) -> bool:
+    """Whether a value may be a token id: a whole number of any type, but no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _ids(name: str, value: Any) -> frozenset[int]:
     """The ids that a field holds: one, or several, as a number, list or tensor. Raises `ValueError`."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    several = [] if value is None else [value] if isinstance(value, Integral) else value
-    if isinstance(several, str | bytes) or not isinstance(several, Iterable):
-        raise ValueError(f"{name} is {value!r}, and must be a token id, or several.")
-    several = list(several)
-    if any(isinstance(one, bool) or not isinstance(one, Integral) for one in several):
+    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    several = [] if value is None else list(value) if listed else [value]
+    if not all(map(is_id, several)):
         raise ValueError(f"{name} is {value!r}, and must be a token id, or several.")
     return frozenset(map(int, several))
 
@@ -262,10 +260,9 @@ def _samples(layers: Layers) -> bool:
 def _sampling(layers: Layers, said: Mapping[str, Any]) -> Sampling:
     penalty = float(said.get("repetition_penalty", 1.0))
     shaped = None if penalty == 1.0 else penalty
-    temperature = float(said.get("temperature", SAMPLING["temperature"]))
+    shape = {**SAMPLING, **said}
+    temperature, top_p, min_p = (float(shape[name]) for name in ("temperature", "top_p", "min_p"))
     if not _samples(layers) or not temperature:
         return Sampling(repetition_penalty=shaped)
-    top_k, top_p = int(said.get("top_k", SAMPLING["top_k"])), float(said.get("top_p", 1.0))
-    min_p = float(said.get("min_p", 0.0))
     # Where they change nothing they cost nothing.
-    return Sampling(temperature, top_k or None, None if top_p == 1.0 else top_p, min_p or None, shaped)
+    return Sampling(temperature, int(shape["top_k"]) or None, None if top_p == 1.0 else top_p, min_p or None, shaped)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from .options import Options
+from .options import Options, is_id
 from .request import Request
 
 Prompt = str | Sequence[int] | torch.Tensor
@@ -22,17 +21,15 @@ class RequestBuilder:
     """Makes requests of what the user gives, for one model and its pages.
 
     Attributes:
-        vocab_size: how many token ids the model has.
+        model: the one that completes; its `generation_config` is for what a request leaves open.
         max_tokens: how many tokens a prompt and its completion may have together.
         why_never: gives the reason why so many tokens never fit into the pages, or None.
-        generation_config: the model's own, for what a request leaves open.
         step: makes a step, for whoever waits for a request.
     """
 
-    vocab_size: int
+    model: Any
     max_tokens: int
     why_never: Callable[[int], str | None]
-    generation_config: GenerationConfig
     step: Callable[[], bool]
 
     def build(
@@ -47,11 +44,11 @@ class RequestBuilder:
             except Exception as error:
                 raise ValueError(f"the tokenizer failed on the prompt: {error!r}") from error
         ids = self._ids(prompt)
-        chosen = Options.of(len(ids), self.generation_config, config, **options)
+        chosen = Options.of(len(ids), self.model.generation_config, config, **options)
         if chosen.stop_strings and tokenizer is None:
             raise ValueError("stop_strings are texts: give a tokenizer.")
         # An id that the model does not have, such as -1, is the usual way to say that nothing ends it.
-        within = frozenset(one for one in chosen.stop_token_ids if 0 <= one < self.vocab_size)
+        within = frozenset(one for one in chosen.stop_token_ids if 0 <= one < self.model.config.vocab_size)
         chosen = replace(chosen, stop_token_ids=within)
         wanted = len(ids) + chosen.max_new_tokens
         if wanted > self.max_tokens:
@@ -73,19 +70,12 @@ class RequestBuilder:
         """The token ids of a prompt. Raises `ValueError` if it is none, is empty, or holds ids the model lacks."""
         if hasattr(prompt, "tolist"):  # a tensor, or an array
             prompt = prompt.tolist()
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not all(map(_is_id, prompt)):
-            raise ValueError(f"a prompt is a list of token ids, not {_short(prompt)}.")
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not all(map(is_id, prompt)):
+            text = repr(prompt)
+            raise ValueError(f"a prompt is a list of token ids, not {text if len(text) < 60 else text[:56] + ' ...'}.")
         if not prompt:
             raise ValueError("the prompt is empty: give one token at least, such as the model's bos_token_id.")
-        if wrong := [one for one in prompt if not 0 <= one < self.vocab_size]:
-            raise ValueError(f"the prompt holds the id {wrong[0]}, and the model has 0 to {self.vocab_size - 1}.")
+        vocab_size = self.model.config.vocab_size
+        if wrong := [one for one in prompt if not 0 <= one < vocab_size]:
+            raise ValueError(f"the prompt holds the id {wrong[0]}, and the model has 0 to {vocab_size - 1}.")
         return list(map(int, prompt))
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:56]} ..."

@@ -7,27 +7,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from .options import Options
-from .sampler import Drawn
+from .sampler import Drawn, Logprobs
 from .sequence import SequenceState
 
 Decode = Callable[[list[int]], str]
-
-
-class Logprobs(NamedTuple):
-    """The log-probabilities of one token, and of those that were likeliest in its place.
-
-    Attributes:
-        token: the id that was chosen.
-        logprob: its log-probability (natural), before temperature and the like.
-        likeliest: (id, log-probability) of the likeliest tokens, the likeliest first.
-    """
-
-    token: int
-    logprob: float
-    likeliest: tuple[tuple[int, float], ...]
 
 
 class GenerationError(RuntimeError):
@@ -112,14 +98,12 @@ class Request:
         return self._wait(len(self.tokens), None if timeout is None else time.monotonic() + timeout)
 
     def __iter__(self) -> Iterator[int]:
-        given = 0
-        while True:
+        given, done = 0, False
+        while not done:
             done = self._wait(given, None)
             fresh = self.tokens[given:]
             given += len(fresh)
             yield from fresh
-            if done and given == len(self.tokens):
-                break
         self._raise_if_failed()
 
     async def __aiter__(self) -> AsyncIterator[int]:
@@ -139,7 +123,7 @@ class Request:
                 for token in self.tokens[given:]:
                     given += 1
                     yield token
-                if done and given == len(self.tokens):
+                if done:
                     break
                 if self._step():
                     await asyncio.sleep(0)
@@ -173,8 +157,8 @@ class Request:
         assert drawn.token is not None
         with self._changed:
             self.times.append(time.perf_counter())
-            if drawn.logprob is not None:
-                self.logprobs.append(Logprobs(drawn.token, drawn.logprob, drawn.likeliest))
+            if drawn.logprobs is not None:
+                self.logprobs.append(drawn.logprobs)
             self.tokens.append(drawn.token)
             self._notify(finish_reason)
 

@@ -38,18 +38,25 @@ class Draw(NamedTuple):
         return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big") / 2**56
 
 
-class Drawn(NamedTuple):
-    """What was drawn for a sequence.
+class Logprobs(NamedTuple):
+    """The log-probabilities of one token, and of those that were likeliest in its place.
 
     Attributes:
-        token: the id; None where the logits are not finite.
-        logprob: the log-probability of the token by the model, before temperature and the like; None unless asked for.
-        likeliest: the likeliest tokens, each with its log-probability.
+        token: the id that was chosen.
+        logprob: its log-probability (natural) by the model, before temperature and the like.
+        likeliest: (id, log-probability) of the likeliest tokens, the likeliest first.
     """
 
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+class Drawn(NamedTuple):
+    """What was drawn for a sequence: a token (None where logits are not finite), and log-probabilities if asked for."""
+
     token: int | None
-    logprob: float | None = None
-    likeliest: tuple[tuple[int, float], ...] = ()
+    logprobs: Logprobs | None = None
 
 
 def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
@@ -69,10 +76,11 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
             for row, member in enumerate(members):
                 _shape(scores[row], draws[member])
             numbers = [draws[member].number for member in members]
-            tokens[rows] = scores.argmax(-1) if sampling.greedy else _sample(scores, sampling, numbers)
+            tokens[rows] = scores.argmax(-1) if sampling.temperature is None else _sample(scores, sampling, numbers)
     tokens = torch.where(largest.isfinite(), tokens, -1)
-    found = [Drawn(None if token < 0 else token) for token in tokens.tolist()]
-    wanted = [row for row, one in enumerate(draws) if one.options.logprobs is not None and found[row].token is not None]
+    made = tokens.tolist()
+    found = [Drawn(None if token < 0 else token) for token in made]
+    wanted = [row for row, one in enumerate(draws) if one.options.logprobs is not None and made[row] >= 0]
     if wanted:
         logprobs = logits[torch.tensor(wanted, device=logits.device)].double().log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[wanted][:, None])[:, 0].tolist()
@@ -80,7 +88,8 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
         values, ids = logprobs.topk(min(max_count, logits.shape[-1]))
         for row, logprob, top_ids, top in zip(wanted, chosen, ids.tolist(), values.tolist(), strict=True):
             count = draws[row].options.logprobs
-            found[row] = Drawn(found[row].token, logprob, tuple(zip(top_ids[:count], top[:count], strict=True)))
+            likeliest = tuple(zip(top_ids[:count], top[:count], strict=True))
+            found[row] = Drawn(made[row], Logprobs(made[row], logprob, likeliest))
     return found
 
 

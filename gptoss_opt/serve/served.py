@@ -33,16 +33,15 @@ _SERVED: WeakKeyDictionary[nn.Module, Served] = WeakKeyDictionary()
 
 def acquire(model: nn.Module, user: object) -> None:
     """Make a model ready to be served. Raises `CompatibilityError` if attention cannot be put on it."""
-    attached = not serving.reads_pages(model)
-    if attached:
+    if attached := not serving.reads_pages(model):
         with_flash_attention(model)
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
     served = _SERVED.setdefault(model, Served())
     served.attached |= attached
-    served.training += training
     served.users.add(user)
+    training = [module for module in model.modules() if module.training]
+    served.training += training
+    for module in training:
+        module.training = False
 
 
 def release(model: nn.Module, user: object) -> None:

@@ -91,26 +91,6 @@ class Counts:
     first: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMES))
     between: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMES))
 
-    @property
-    def tokens_in_per_second(self) -> float:
-        """Tokens of prompts, divided by the time spent in steps."""
-        return self.tokens_in / self.seconds if self.seconds else 0.0
-
-    @property
-    def tokens_out_per_second(self) -> float:
-        """Generated tokens, divided by the time spent in steps."""
-        return self.tokens_out / self.seconds if self.seconds else 0.0
-
-    def token(self, times: list[float], submitted: float) -> None:
-        """Count one more token of a request, whose tokens came at `times`."""
-        self.tokens_out += 1
-        if len(times) > 1:
-            self.between.append(times[-1] - times[-2])
-        else:
-            self.first.append(times[-1] - submitted)
-
-    def step(self, num_prompt_tokens: int, seconds: float) -> None:
-        """Count one more forward."""
-        self.num_steps += 1
-        self.tokens_in += num_prompt_tokens
-        self.seconds += seconds
+    def per_second(self, num_tokens: int) -> float:
+        """A number of tokens, divided by the time spent in steps."""
+        return num_tokens / self.seconds if self.seconds else 0.0

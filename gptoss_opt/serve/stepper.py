@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ class Stepper:
 
     Attributes:
         closed: why no more requests are taken, or None.
+        thread: makes the steps in the background, or follows the first rank's; None where there is no such thread.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -29,13 +30,8 @@ class Stepper:
         self._maker: int | None = None  # the thread that holds it
         self._news = threading.Condition()  # of what is below
         self._inbox: list[Request] = []
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._stopping = False
-
-    @property
-    def in_background(self) -> bool:
-        """Whether a thread makes the steps."""
-        return self._thread is not None
 
     @property
     def leads(self) -> bool:
@@ -59,7 +55,7 @@ class Stepper:
     def step(self) -> bool:
         """Make a step; False if there was nothing to do, or a thread in the background makes the steps."""
         self._check_apart()
-        return not self.in_background and self._step()
+        return self.thread is None and self._step()
 
     def forget(self) -> None:
         """Between two steps, let nothing be shared of what the pages hold."""
@@ -70,20 +66,19 @@ class Stepper:
     def start(self) -> None:
         """Let a thread make the steps, or follow the first rank's."""
         self.check_open()
-        if self._thread is not None:
+        if self.thread is not None:
             raise RuntimeError("the batcher has been entered already.")
-        self._thread = threading.Thread(target=self._loop if self.leads else self._follow, name="batcher", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._loop if self.leads else self._follow, name="batcher", daemon=True)
+        self.thread.start()
 
-    def lead(self, call: Callable[[], list[Any]]) -> list[Any]:
-        """Return what `call` returns, or raise what it raises; other ranks get the same from `follow`."""
+    @contextmanager
+    def lead(self) -> Iterator[list[Any]]:
+        """Let other ranks `follow` the block: that returns the list which the block fills, or raises what it raises."""
         # Whatever closes this rank closes the others: none waits for an answer.
         self.check_open()
-        answer = Answer()
+        answer = Answer([])
         try:
-            result = call()
-            answer = Answer(result)
-            return result
+            yield answer.result
         except BaseException as error:
             # Of others nobody knows whether they can be sent.
             known = isinstance(error, ValueError | GenerationError)
@@ -91,7 +86,7 @@ class Stepper:
             answer = Answer(error=told, closed=self.closed is not None)
             raise
         finally:
-            if not self.in_background:
+            if self.thread is None:
                 self.engine.tell(answer)
 
     def follow(self) -> list[Any]:
@@ -114,7 +109,7 @@ class Stepper:
         Raises `GenerationError` where this rank followed, and failed.
         """
         self._check_apart()
-        thread = self._thread
+        thread = self.thread
         with self._news:
             self._stopping = True
             self._news.notify_all()
@@ -127,7 +122,7 @@ class Stepper:
         self.engine.runner.free()
         if thread is not None:
             thread.join()
-            self._thread = None
+            self.thread = None
             if self.leads:
                 self.engine.tell(Answer())
             elif failed is not None:
@@ -135,25 +130,24 @@ class Stepper:
 
     def _check_apart(self) -> None:
         """Raise `RuntimeError` within a step, where waiting for it would never end."""
-        if threading.get_ident() in (self._maker, self._thread and self._thread.ident):
+        if threading.get_ident() in (self._maker, self.thread and self.thread.ident):
             raise RuntimeError("the batcher cannot be used from within one of its own steps, only submitted to.")
 
     def _step(self) -> bool:
         with _interrupts_wait():
-            failed = None
-            with self._stepping:
-                self._maker = threading.get_ident()
-                try:
-                    return self._step_alone()
-                except BaseException as error:
-                    failed = error
-                finally:
-                    self._maker = None
-            # Told to all who wait, and to whoever comes later.
-            self._fail(failed)
-            if isinstance(failed, Exception):
-                return False
-            raise failed
+            try:
+                with self._stepping:
+                    self._maker = threading.get_ident()
+                    try:
+                        return self._step_alone()
+                    finally:
+                        self._maker = None
+            except BaseException as error:
+                # Told to all who wait, and to whoever comes later.
+                self._fail(error)
+                if isinstance(error, Exception):
+                    return False
+                raise
 
     def _step_alone(self) -> bool:
         with self._news:
