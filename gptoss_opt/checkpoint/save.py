@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..core import held_by, layout_of, mesh_of
 from ..layout import Split
-from .writer import Described, SafetensorsWriter, index_of, plan_files
+from .writer import Described, index_of, plan_files, write_file
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -149,16 +149,11 @@ def _write_files(
     files: Sequence[Path], groups: Sequence[Sequence[Described]], tensors: Iterator[tuple[str, Tensor | None]]
 ) -> None:
     """Write each group of tensors into its file, as they come."""
-    wanted = {one.key: one.num_bytes for group in groups for one in group}
-    with tqdm(total=sum(wanted.values()), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
+    sizes = {one.key: one.num_bytes for group in groups for one in group}
+    with tqdm(total=sum(sizes.values()), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
+        wanted = ((name, tensor) for name, tensor in tensors if name in sizes)
         for file, group in zip(files, groups, strict=True):
-            with SafetensorsWriter(file, group) as writer:
-                while writer.expected:
-                    name, tensor = next(tensors)
-                    assert tensor is not None
-                    if name in wanted:
-                        writer.write(name, tensor)
-                        bar.update(wanted[name])
+            write_file(file, group, wanted, on_bytes=bar.update)
 
 
 def _num_bytes(size: int | str) -> int:
