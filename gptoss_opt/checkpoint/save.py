@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,8 +130,12 @@ def _write(model: Any, folder: Path, max_bytes: int, tensors: Iterator[tuple[str
             described.setdefault(id(tensor), Described(name, tuple(tensor.shape), tensor.dtype))
     files = plan_files(list(described.values()), max_bytes)
     parts = [folder / f"{file}.part" for file in files]
+    sizes = {one.key: one.num_bytes for one in described.values()}
+    wanted = ((name, tensor) for name, tensor in tensors if name in sizes)
     try:
-        _write_files(parts, list(files.values()), tensors)
+        with tqdm(total=sum(sizes.values()), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
+            for part, group in zip(parts, files.values(), strict=True):
+                write_file(part, group, wanted, on_bytes=bar.update)
     except BaseException:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -143,17 +147,6 @@ def _write(model: Any, folder: Path, max_bytes: int, tensors: Iterator[tuple[str
         part.replace(part.with_suffix(""))
     if len(files) > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_of(files), indent=2, sort_keys=True))
-
-
-def _write_files(
-    files: Sequence[Path], groups: Sequence[Sequence[Described]], tensors: Iterator[tuple[str, Tensor | None]]
-) -> None:
-    """Write each group of tensors into its file, as they come."""
-    sizes = {one.key: one.num_bytes for group in groups for one in group}
-    with tqdm(total=sum(sizes.values()), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
-        wanted = ((name, tensor) for name, tensor in tensors if name in sizes)
-        for file, group in zip(files, groups, strict=True):
-            write_file(file, group, wanted, on_bytes=bar.update)
 
 
 def _num_bytes(size: int | str) -> int:

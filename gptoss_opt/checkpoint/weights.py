@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from .folder import Checkpoint
 from .reader import CheckpointError, TensorInfo
 
 Index = Mapping[int, Part]
-NOTHING: Index = {}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Weights:
             sizes = (self.checkpoint.tensors[name + suffix].num_bytes for suffix in suffixes)
             self.bar.total += sum(round(size * math.prod(shares)) for size in sizes)
 
-    def read(self, key: str, index: Index = NOTHING) -> Tensor:
+    def read(self, key: str, index: Index) -> Tensor:
         """A tensor of the checkpoint, or a slice of it, in memory of its own."""
         info = self.checkpoint.tensors[key]
         parts = _parts(info, index)
@@ -110,7 +109,7 @@ class InFile:
     key: str
     device: torch.device
     dtype: torch.dtype
-    index: Index = field(default_factory=dict)
+    index: Index
 
     @property
     def shape(self) -> tuple[int, ...]:

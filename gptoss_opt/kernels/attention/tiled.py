@@ -128,7 +128,11 @@ def _plan(q: Tensor, k: Tensor, rules: Rules) -> Iterator[tuple[Tile, Tensor | N
     for segment in segments(visible, batch, num_queries, num_keys):
         if segment.holes:
             for chunk in chunks_of(segment, window):
-                yield chunk, _chunk_mask(chunk, visible, window, q)
+                assert visible.keys is not None
+                # A chunk is aligned at the end of its segment, which has one start: only padding is left to say.
+                padding = Visible(keys=visible.keys[chunk.row : chunk.row + 1, chunk.k0 : chunk.k1])
+                mask = dense_mask(padding, chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, window, q.device)
+                yield chunk, additive(mask, q.dtype)
             continue
         for tile in tiles_of(segment, window, num_kv_heads):
             size = tile.num_queries if isinstance(tile, Blocks) else tile.q1 - tile.q0
@@ -150,13 +154,6 @@ def _plan_mask(q: Tensor, mask: Tensor, num_kv_heads: int, num_keys: int) -> Ite
         for begin in range(0, num_queries, BLOCK_OF_MASK):
             end = min(begin + BLOCK_OF_MASK, num_queries)
             yield Rectangle(row, begin, end, 0, num_keys), additive(heads_mask[:, :, begin:end], q.dtype)
-
-
-def _chunk_mask(tile: Rectangle, visible: Visible, window: int | None, q: Tensor) -> Tensor:
-    assert visible.keys is not None
-    # Inside its segment a chunk is aligned at the end, and the segment has one start, so only padding is left to say.
-    keys = visible.keys[tile.row : tile.row + 1, tile.k0 : tile.k1]
-    return additive(dense_mask(Visible(keys=keys), tile.q1 - tile.q0, tile.k1 - tile.k0, window, q.device), q.dtype)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

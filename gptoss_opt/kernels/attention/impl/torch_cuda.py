@@ -31,10 +31,9 @@ class TorchFlash:
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         unused = torch.empty(0, device=q.device)
         options = {"scale": call.scale, **_window(call.window)}
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        return torch.ops.aten._flash_attention_backward(
             d_out, q, k, v, out, lse, *call[:4], 0.0, True, rng_state, unused, **options
         )
-        return dq, dk, dv
 
 
 def _window(window: int | None) -> dict[str, int]:

@@ -55,9 +55,7 @@ class Native:
         out = torch.empty_like(rows)
         status = functions.gptoss_experts(
             which if dtype == torch.bfloat16 else min(which, BFLOAT16 - 1),
-            rows.data_ptr(),
-            indices.data_ptr(),
-            routing_weights.data_ptr(),
+            *map(Tensor.data_ptr, (rows, indices, routing_weights)),
             _matrices(gate_up, gate_up.bias, dtype),
             _matrices(down, down.bias, dtype),
             out.data_ptr(),
@@ -181,9 +179,7 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     status = functions.gptoss_product(
         which if half else min(which, BFLOAT16 - 1),
         packed == backward,
-        rows.data_ptr(),
-        y.data_ptr(),
-        offsets.data_ptr(),
+        *map(Tensor.data_ptr, (rows, y, offsets)),
         matrices,
         None if room is None else room.data_ptr(),
         offsets.numel(),
