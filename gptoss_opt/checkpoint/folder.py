@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import GptOssConfig
@@ -133,17 +132,12 @@ def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    return parse_object(file, file.read_bytes())
-
-
 def _config(folder: Path) -> GptOssConfig:
     file = folder / CONFIG
     if not file.is_file():
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise CheckpointError(f"{file}: missing; the folder holds {held}. Give the folder of a whole checkpoint.")
-    model_type = _object(file).get("model_type")
+    model_type = parse_object(file, file.read_bytes()).get("model_type")
     if model_type != MODEL_TYPE:
         raise CheckpointError(f"{file}: model_type is {model_type!r}. Give a checkpoint of a {MODEL_TYPE} model.")
     try:
@@ -179,7 +173,7 @@ def _plain_name(file: Path, key: str, name: object) -> str:
 
 
 def _sharded(index: Path) -> dict[str, TensorInfo]:
-    weight_map = _object(index).get("weight_map")
+    weight_map = parse_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: key 'weight_map' is not an object of keys and file names. {DAMAGED}")
     keys: dict[str, list[str]] = {}

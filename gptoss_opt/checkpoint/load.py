@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
@@ -14,7 +12,6 @@ from transformers import GptOssForCausalLM
 from ..core import Stack, Wrapper, compose
 from ..core.apply import apply
 from ..core.resolve import confer
-from ..layout import Form, Part, Stored
 from ..model.build import build
 from .folder import Checkpoint
 from .reader import CheckpointError
@@ -70,23 +67,8 @@ def load(
         confer(stack.wrappers, None, [f"{type(error).__name__}: {error}"])
         raise
     with tqdm(desc="loading", unit="B", unit_scale=True, delay=1) as bar:
-        apply(model, stack.wrappers, _FromCheckpoint(model, replace(weights, on_bytes=bar.update), bar))
+        apply(model, stack.wrappers, replace(weights, bar=bar))
     return model
-
-
-@dataclass(frozen=True)
-class _FromCheckpoint:
-    """The weights of a checkpoint as a source of layouts, with a bar that shows how much of them is read."""
-
-    model: GptOssForCausalLM
-    weights: Weights
-    bar: Any
-
-    def expect(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> None:
-        self.bar.total = self.weights.num_bytes(forms, coordinate)
-
-    def __call__(self, parameter: str, form: Form, index: Mapping[int, Part]) -> Stored:
-        return self.weights.stored(parameter, form, index, self.model.get_parameter(parameter))
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:

@@ -206,11 +206,7 @@ def _entry(file: Path, key: str, entry: Any, start: int) -> TensorInfo:
 
 
 def read_tensor(
-    info: TensorInfo,
-    index: tuple[slice, ...] = (),
-    *,
-    out: Tensor | None = None,
-    on_bytes: Callable[[int], None] | None = None,
+    info: TensorInfo, index: tuple[slice, ...], *, out: Tensor | None, on_bytes: Callable[[int], None] | None
 ) -> Tensor:
     """A tensor of a safetensors file, or a slice of it: see `Checkpoint.read`."""
     bounds = _bounds(info, index)

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..core import held_by, layout_of, mesh_of
 from ..layout import Split
-from .writer import Described, SafetensorsWriter, index_of, plan_files
+from .writer import Described, index_of, plan_files, write_file
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -130,8 +130,12 @@ def _write(model: Any, folder: Path, max_bytes: int, tensors: Iterator[tuple[str
             described.setdefault(id(tensor), Described(name, tuple(tensor.shape), tensor.dtype))
     files = plan_files(list(described.values()), max_bytes)
     parts = [folder / f"{file}.part" for file in files]
+    sizes = {one.key: one.num_bytes for one in described.values()}
+    wanted = ((name, tensor) for name, tensor in tensors if name in sizes)
     try:
-        _write_files(parts, list(files.values()), tensors)
+        with tqdm(total=sum(sizes.values()), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
+            for part, group in zip(parts, files.values(), strict=True):
+                write_file(part, group, wanted, on_bytes=bar.update)
     except BaseException:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -143,22 +147,6 @@ def _write(model: Any, folder: Path, max_bytes: int, tensors: Iterator[tuple[str
         part.replace(part.with_suffix(""))
     if len(files) > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_of(files), indent=2, sort_keys=True))
-
-
-def _write_files(
-    files: Sequence[Path], groups: Sequence[Sequence[Described]], tensors: Iterator[tuple[str, Tensor | None]]
-) -> None:
-    """Write each group of tensors into its file, as they come."""
-    wanted = {one.key: one.num_bytes for group in groups for one in group}
-    with tqdm(total=sum(wanted.values()), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
-        for file, group in zip(files, groups, strict=True):
-            with SafetensorsWriter(file, group) as writer:
-                while writer.expected:
-                    name, tensor = next(tensors)
-                    assert tensor is not None
-                    if name in wanted:
-                        writer.write(name, tensor)
-                        bar.update(wanted[name])
 
 
 def _num_bytes(size: int | str) -> int:

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import memory
 from ..kernels.mxfp4 import BLOCK
-from ..layout import DENSE, MXFP4, STORAGES, Form, Part, Split, Stored
+from ..layout import DENSE, MXFP4, STORAGES, Form, Part, Stored
 from .folder import Checkpoint
-from .reader import CheckpointError
+from .reader import CheckpointError, TensorInfo
 
 Index = Mapping[int, Part]
-NOTHING: Index = {}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a model in a checkpoint, checked against what the model needs. Reads nothing until asked to.
+    """The weights of a model in a checkpoint, checked against what the model needs: a source of layouts.
+
+    Reads nothing until asked to.
 
     Attributes:
         checkpoint: where they are.
-        packed: the parameters that it holds as MXFP4.
-        on_bytes: called with the number of bytes whenever some have been read.
+        model: what they are for.
+        packed: the parameters that the checkpoint holds as MXFP4.
+        bar: shows how many of their bytes have been read.
     """
 
     checkpoint: Checkpoint
+    model: nn.Module
     packed: frozenset[str]
-    on_bytes: Callable[[int], None] | None = None
+    bar: Any = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module) -> Weights:
@@ -49,64 +53,52 @@ class Weights:
                 f"{', '.join(unknown[:3])}: they are left out.",
                 stacklevel=3,
             )
-        return cls(checkpoint, packed)
+        return cls(checkpoint, model, packed)
 
-    def num_bytes(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> int:
-        """The bytes that the rank at a coordinate has to read of parameters in these forms."""
-        total = 0
+    def expect(self, forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> None:
+        """Set the bar to the bytes that the rank at a coordinate has to read of parameters in these forms."""
+        self.bar.total = 0
         for name, form in forms.items():
             shares = [len(form.index(coordinate)[split.dim]) / split.size for split in form.splits]
             suffixes = MXFP4.suffixes if name in self.packed else ("",)
-            total += sum(round(self.checkpoint.tensors[name + s].num_bytes * math.prod(shares)) for s in suffixes)
-        return total
+            sizes = (self.checkpoint.tensors[name + suffix].num_bytes for suffix in suffixes)
+            self.bar.total += sum(round(size * math.prod(shares)) for size in sizes)
 
-    def read(self, key: str, index: Index = NOTHING) -> Tensor:
+    def read(self, key: str, index: Index) -> Tensor:
         """A tensor of the checkpoint, or a slice of it, in memory of its own."""
         info = self.checkpoint.tensors[key]
-        shape = [len(index.get(dim, range(size))) for dim, size in enumerate(info.shape)]
-        out = memory.empty(shape, info.dtype)
-        for part, bounds in _runs(index, len(info.shape)):
-            self.checkpoint.read(key, bounds, out=out[part], on_bytes=self.on_bytes)
+        parts = _parts(info, index)
+        out = memory.empty([len(part) for part in parts], info.dtype)
+        first, *rest = parts
+        bounds = [slice(part.start, part.stop) for part in rest if isinstance(part, range)]
+        assert len(bounds) == len(rest), "only the first dimension is spread otherwise than in ranges"
+        runs = [first] if isinstance(first, range) else [range(number, number + 1) for number in first]
+        begin = 0
+        for run in runs:
+            place = out[begin : begin + len(run)]
+            self.checkpoint.read(key, (slice(run.start, run.stop), *bounds), out=place, on_bytes=self.bar.update)
+            begin += len(run)
         return out
 
-    def stored(self, parameter: str, form: Form, index: Index, like: Tensor) -> Stored:
-        """A slice of a parameter in the storage of a form, where `like` is: read as it is, packed, or dequantised."""
-        storage = STORAGES[form.storage]
-        if form.storage == DENSE.name:
-            return Stored({"": self.dense(parameter, form, index, like)})
-        if parameter in self.packed and form.storage == MXFP4.name:
-            inside = _in_storage(form.splits, index)
-            return Stored(
-                {suffix: self.read(parameter + suffix, inside).to(like.device) for suffix in storage.suffixes}
-            )
-        return storage.encode(InFile(self, parameter, like.device, like.dtype, index))
-
-    def dense(self, parameter: str, form: Form, index: Index, like: Tensor) -> Tensor:
-        """A slice of a parameter in the dtype and on the device of `like`."""
+    def __call__(self, parameter: str, form: Form, index: Index) -> Stored:
+        """A slice of a parameter in the storage of a form, where the model has it: as it is, packed, or dequantised."""
+        like = self.model.get_parameter(parameter)
         if parameter not in self.packed:
-            return self.read(parameter, index).to(like.device, like.dtype)
-        inside = _in_storage(form.splits, index)
+            if form.storage == DENSE.name:
+                return Stored({"": self.read(parameter, index).to(like.device, like.dtype)})
+            return STORAGES[form.storage].encode(InFile(self, parameter, like.device, like.dtype, index))
+        # Where a slice of the dense weights is in their blocks and scales.
+        moved = [MXFP4.split(replace(split, parts=(index[split.dim],))) for split in form.splits]
+        inside = {split.dim: split.parts[0] for split in moved}
+        if form.storage == MXFP4.name:
+            return Stored({s: self.read(parameter + s, inside).to(like.device) for s in MXFP4.suffixes})
         files = {s: InFile(self, parameter + s, like.device, torch.uint8, inside) for s in MXFP4.suffixes}
-        return MXFP4.decode(files, like.dtype)
+        return STORAGES[form.storage].encode(MXFP4.decode(files, like.dtype))
 
 
-def _in_storage(splits: Iterable[Split], index: Index) -> Index:
-    """Where a slice of a dense expert weight is in its blocks and scales."""
-    moved = (MXFP4.split(replace(split, parts=(index[split.dim],))) for split in splits)
-    return {split.dim: split.parts[0] for split in moved}
-
-
-def _runs(index: Index, num_dims: int) -> Iterator[tuple[slice, tuple[slice, ...]]]:
-    """A slice as parts that are contiguous along the first dimension: where each goes, and its bounds in the tensor."""
-    rest = (index.get(dim, slice(None)) for dim in range(1, num_dims))
-    bounds = tuple(slice(part.start, part.stop) for part in rest if isinstance(part, range | slice))
-    assert len(bounds) == max(num_dims - 1, 0), "only the first dimension is spread otherwise than in ranges"
-    first = index.get(0, slice(None))
-    if isinstance(first, tuple):
-        for place, number in enumerate(first):
-            yield slice(place, place + 1), (slice(number, number + 1), *bounds)
-    else:
-        yield slice(None), (slice(first.start, first.stop), *bounds) if num_dims else ()
+def _parts(info: TensorInfo, index: Index) -> list[Part]:
+    """What a slice holds of each dimension."""
+    return [index.get(dim, range(size)) for dim, size in enumerate(info.shape)]
 
 
 @dataclass(frozen=True)
@@ -117,13 +109,12 @@ class InFile:
     key: str
     device: torch.device
     dtype: torch.dtype
-    index: Index = field(default_factory=dict)
+    index: Index
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the slice."""
-        sizes = self.weights.checkpoint.tensors[self.key].shape
-        return tuple(len(self.index.get(dim, range(size))) for dim, size in enumerate(sizes))
+        return tuple(map(len, _parts(self.weights.checkpoint.tensors[self.key], self.index)))
 
     def __getitem__(self, number: int, /) -> Tensor:
         inside = self.index.get(0, range(self.shape[0]))[number]

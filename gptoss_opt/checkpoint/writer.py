@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -58,32 +56,29 @@ def index_of(files: Mapping[str, Sequence[Described]]) -> dict[str, object]:
     return {"metadata": sizes, "weight_map": {key: name for key, (name, _) in sorted(tensors.items())}}
 
 
-class SafetensorsWriter:
-    """An open file that takes the tensors that were described, in their order."""
+def write_file(
+    file: Path,
+    described: Sequence[Described],
+    tensors: Iterator[tuple[str, Tensor | None]],
+    *,
+    on_bytes: Callable[[int], object],
+) -> None:
+    """Write a file of the tensors that were described, which come with their keys, in their order.
 
-    def __init__(self, file: Path, tensors: Sequence[Described]) -> None:
-        self.expected = list(tensors)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for one in tensors:
-            offsets = [end, end := end + one.num_bytes]
-            header[one.key] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": offsets}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.stream: BinaryIO = file.open("wb")
-        self.stream.write(len(text).to_bytes(8, "little") + text)
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
-        told = self.expected.pop(0)
-        assert (told.key, told.shape, told.dtype) == (key, tuple(tensor.shape), tensor.dtype), (told, key, tensor.shape)
-        self.stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stream.close()
-        assert error or not self.expected, self.expected
+    `on_bytes` is called with the size of each that has been written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for one in described:
+        offsets = [end, end := end + one.num_bytes]
+        header[one.key] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for one in described:
+            key, tensor = next(tensors)
+            assert tensor is not None
+            assert (one.key, one.shape, one.dtype) == (key, tuple(tensor.shape), tensor.dtype), (one, key, tensor.shape)
+            stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            on_bytes(one.num_bytes)

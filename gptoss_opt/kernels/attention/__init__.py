@@ -68,7 +68,7 @@ def attention(
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor or q.is_meta:
         return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
     # The operator is for autograd and tracing; without either, a decode step need not pay for it.
-    return KERNELS[backend].forward(q, k, v, sinks, rules)[0]
+    return KERNELS[backend](q).forward(q, k, v, sinks, rules)[0]
 
 
 def _check_derivatives(visible: Visible) -> None:

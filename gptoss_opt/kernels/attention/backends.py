@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from packaging.version import Version
@@ -15,11 +17,9 @@ from . import tiled, varlen
 from .impl.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FlashAttn4
 from .impl.torch_cpu import TorchCpu
 from .impl.torch_cuda import TorchEfficient, TorchFlash
-from .visible import Rules
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float64, torch.float32, *HALF)
-CPU, FLASH, EFFICIENT = TorchCpu(), TorchFlash(), TorchEfficient()
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,23 @@ class AttentionRequest:
     head_dim: int
 
 
-class SinkKernel(Protocol):
-    """Attention with sinks, forward and backward. Shapes as in `tiled.forward` and `tiled.backward`."""
+class SinkKernel(NamedTuple):
+    """Attention with sinks by one kernel: `tiled.forward` and `tiled.backward`, or those of `varlen`, bound to it."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]: ...
-    def backward(
-        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _tiles(kernel: tiled.TileKernel) -> SinkKernel:
+    return SinkKernel(partial(tiled.forward, kernel), partial(tiled.backward, kernel))
+
+
+def _packs(kernel: varlen.VarlenKernel) -> SinkKernel:
+    return SinkKernel(partial(varlen.forward, kernel, EFFICIENT), partial(varlen.backward, kernel, EFFICIENT))
+
+
+EFFICIENT = TorchEfficient()
+CPU, CUDA, CUDA_FLASH = _tiles(TorchCpu()), _tiles(EFFICIENT), _packs(TorchFlash())
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class FlashAttnPackage:
     min_version: str
     capabilities: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
-    kernel: varlen.VarlenKernel
+    kernel: SinkKernel
     only_named: bool = False
 
     def why_not(self, request: AttentionRequest) -> str | None:
@@ -82,13 +92,9 @@ class FlashAttnPackage:
             return f"does not run on a GPU of compute capability {major}.x"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-        return varlen.forward(self.kernel, EFFICIENT, q, k, v, sinks, rules)
-
-    def backward(
-        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return varlen.backward(self.kernel, EFFICIENT, d_out, q, k, v, out, lse, rules)
+    def kernel_for(self, q: Tensor) -> SinkKernel:
+        """The same kernel for all queries."""
+        return self.kernel
 
 
 class Torch:
@@ -107,27 +113,13 @@ class Torch:
             return f"has no flash kernel for {request.dtype} on {request.device_type}"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    def kernel_for(self, q: Tensor) -> SinkKernel:
+        """The flash kernel on CUDA for the queries that it takes, and the efficient one for the others."""
         if q.device.type == "cpu":
-            return tiled.forward(CPU, q, k, v, sinks, rules)
-        if _flash_takes(q):
-            return varlen.forward(FLASH, EFFICIENT, q, k, v, sinks, rules)
-        return tiled.forward(EFFICIENT, q, k, v, sinks, rules)
-
-    def backward(
-        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if q.device.type == "cpu":
-            return tiled.backward(CPU, d_out, q, k, v, out, lse, rules)
-        if _flash_takes(q):
-            return varlen.backward(FLASH, EFFICIENT, d_out, q, k, v, out, lse, rules)
-        return tiled.backward(EFFICIENT, d_out, q, k, v, out, lse, rules)
-
-
-def _flash_takes(q: Tensor) -> bool:
-    """Whether torch's flash kernel on CUDA takes these queries; its efficient one takes the others."""
-    dim = q.shape[-1]
-    return q.dtype in HALF and dim % 8 == 0 and dim <= 256 and torch.cuda.get_device_capability(q.device)[0] >= 8
+            return CPU
+        if q.dtype not in HALF or q.shape[-1] % 8 or q.shape[-1] > 256:
+            return CUDA
+        return CUDA_FLASH if torch.cuda.get_device_capability(q.device)[0] >= 8 else CUDA
 
 
 class Reference:
@@ -142,12 +134,12 @@ class Reference:
 
 
 BACKENDS = (
-    FlashAttnPackage("fa4", "flash-attn-4", "flash_attn.cute", "4.0.0b1", (9, 10, 11), HALF[:1], FlashAttn4()),
-    FlashAttnPackage("fa3", "flash-attn-3", "flash_attn_interface", "3.0.0b1", (9,), HALF, FLASH_ATTN_3),
-    FlashAttnPackage("fa2", "flash-attn", "flash_attn", "2.7.1", (8, 9, 10, 11, 12), HALF, FLASH_ATTN_2),
+    FlashAttnPackage("fa4", "flash-attn-4", "flash_attn.cute", "4.0.0b1", (9, 10, 11), HALF[:1], _packs(FlashAttn4())),
+    FlashAttnPackage("fa3", "flash-attn-3", "flash_attn_interface", "3.0.0b1", (9,), HALF, _packs(FLASH_ATTN_3)),
+    FlashAttnPackage("fa2", "flash-attn", "flash_attn", "2.7.1", (8, 9, 10, 11, 12), HALF, _packs(FLASH_ATTN_2)),
     Torch(),
     Reference(),
 )
 
-KERNELS: dict[str, SinkKernel] = {one.name: one for one in BACKENDS if not isinstance(one, Reference)}
-"""By name, the backends that have a backward of their own: all but the reference."""
+KERNELS = {one.name: one.kernel_for for one in BACKENDS if not isinstance(one, Reference)}
+"""By name, what finds the kernel for given queries; of all backends but the reference, which has no backward."""

@@ -31,7 +31,7 @@ def sink_attention(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, T, D], laid out as [B, T, H, D], and the log-sum-exp, sink included, [B, H, T]."""
     rules = Rules(scale, window, Visible(q_start, keys, starts, mask))
-    return KERNELS[backend].forward(q, k, v, sinks, rules)
+    return KERNELS[backend](q).forward(q, k, v, sinks, rules)
 
 
 @sink_attention.register_fake
@@ -64,7 +64,7 @@ def sink_attention_backward(
     `dsink = -sum(exp(sink - L) * (d_out * out).sum(-1))`.
     """
     rules = Rules(scale, window, Visible(q_start, keys, starts, mask))
-    dq, dk, dv = KERNELS[backend].backward(d_out, q, k, v, out, lse, rules)
+    dq, dk, dv = KERNELS[backend](q).backward(d_out, q, k, v, out, lse, rules)
     weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
     d_sinks = -(weight * torch.linalg.vecdot(d_out.to(lse.dtype), out.to(lse.dtype))).sum((0, 2))
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), d_sinks.to(sinks.dtype)

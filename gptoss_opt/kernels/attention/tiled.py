@@ -31,17 +31,16 @@ class TileCall(NamedTuple):
 
 
 class TileKernel(Protocol):
-    """A flash kernel on q [b, g, t, D], k and v [b, g, s, D]."""
+    """A flash kernel on q [b, g, t, D], k and v [b, g, s, D].
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: TileCall) -> tuple[Tensor, Tensor]:
-        """The output [b, g, t, D] and the log-sum-exp [b, g, t] of the scaled logits."""
-        ...
+    `forward` gives the output, like q, and the log-sum-exp [b, g, t] of the scaled logits; `backward` gives dq, dk and
+    dv for any `out` and `lse` of these shapes.
+    """
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: TileCall) -> tuple[Tensor, Tensor]: ...
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: TileCall
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, given any `out` and `lse` [b, g, t]."""
-        ...
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def forward(kernel: TileKernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
@@ -53,7 +52,7 @@ def forward(kernel: TileKernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, 
     # Before any key is seen there is only the sink. A trailing dim lets tiles treat it as they treat queries.
     lse = sinks.to(accumulator(q.dtype))[None, :, None, None].repeat(batch, 1, num_queries, 1)
     queries, keys = _in_groups((q, out, lse), (k, v))
-    for tile, mask in _plan(q, k, rules.window, rules.visible):
+    for tile, mask in _plan(q, k, rules):
         q_tile, out_tile, lse_tile = map(tile.queries, queries)
         k_tile, v_tile = map(tile.keys, keys)
         part, part_lse = kernel.forward(q_tile, k_tile, v_tile, TileCall(mask, tile.causal, rules.scale))
@@ -72,7 +71,7 @@ def backward(
     dk = k.new_zeros(k.shape, dtype=accumulator(k.dtype))
     dv = torch.zeros_like(dk)
     queries, keys = _in_groups((d_out, q, out, lse, dq), (k, v))
-    for tile, mask in _plan(q, k, rules.window, rules.visible):
+    for tile, mask in _plan(q, k, rules):
         d_out_tile, q_tile, out_tile, lse_tile, dq_tile = map(tile.queries, queries)
         k_tile, v_tile = map(tile.keys, keys)
         call = TileCall(mask, tile.causal, rules.scale)
@@ -115,26 +114,32 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool
     lse.copy_(merged)
 
 
-def _plan(q: Tensor, k: Tensor, window: int | None, visible: Visible) -> Iterator[tuple[Tile, Tensor | None]]:
+def _plan(q: Tensor, k: Tensor, rules: Rules) -> Iterator[tuple[Tile, Tensor | None]]:
     """Every tile with its additive mask."""
     batch, num_queries = q.shape[0], q.shape[2]
     num_kv_heads, num_keys = k.shape[1:3]
+    _, window, visible = rules
     if num_queries == 0 or num_keys == 0 or batch == 0:
         return
     if visible.mask is not None:
         yield from _plan_mask(q, visible.mask, num_kv_heads, num_keys)
-    else:
-        band: dict[int, Tensor] = {}
-        for segment in segments(visible, batch, num_queries, num_keys):
-            if segment.holes:
-                for chunk in chunks_of(segment, window):
-                    yield chunk, _chunk_mask(chunk, visible, window, q)
-                continue
-            for tile in tiles_of(segment, window, num_kv_heads):
-                size = tile.num_queries if isinstance(tile, Blocks) else tile.q1 - tile.q0
-                if tile.band and size not in band:
-                    band[size] = additive(_band(size, window or 0, q.device), q.dtype)
-                yield tile, band[size] if tile.band else None
+        return
+    bands: dict[int, Tensor] = {}
+    for segment in segments(visible, batch, num_queries, num_keys):
+        if segment.holes:
+            for chunk in chunks_of(segment, window):
+                assert visible.keys is not None
+                # A chunk is aligned at the end of its segment, which has one start: only padding is left to say.
+                padding = Visible(keys=visible.keys[chunk.row : chunk.row + 1, chunk.k0 : chunk.k1])
+                mask = dense_mask(padding, chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, window, q.device)
+                yield chunk, additive(mask, q.dtype)
+            continue
+        for tile in tiles_of(segment, window, num_kv_heads):
+            size = tile.num_queries if isinstance(tile, Blocks) else tile.q1 - tile.q0
+            if tile.band and window and size not in bands:
+                # A block's keys are the `window - 1` before it, and its own.
+                bands[size] = additive(dense_mask(Visible(), size, size + window - 1, window, q.device), q.dtype)
+            yield tile, bands[size] if tile.band else None
 
 
 BLOCK_OF_MASK = 512
@@ -149,18 +154,6 @@ def _plan_mask(q: Tensor, mask: Tensor, num_kv_heads: int, num_keys: int) -> Ite
         for begin in range(0, num_queries, BLOCK_OF_MASK):
             end = min(begin + BLOCK_OF_MASK, num_queries)
             yield Rectangle(row, begin, end, 0, num_keys), additive(heads_mask[:, :, begin:end], q.dtype)
-
-
-def _band(num_queries: int, window: int, device: torch.device) -> Tensor:
-    """Which of a block's keys (the `window - 1` before it, and its own) each of its queries sees: bool [1, 1, t, s]."""
-    return dense_mask(Visible(), num_queries, num_queries + window - 1, window, device)
-
-
-def _chunk_mask(tile: Rectangle, visible: Visible, window: int | None, q: Tensor) -> Tensor:
-    assert visible.keys is not None
-    # Inside its segment a chunk is aligned at the end, and the segment has one start, so only padding is left to say.
-    keys = visible.keys[tile.row : tile.row + 1, tile.k0 : tile.k1]
-    return additive(dense_mask(Visible(keys=keys), tile.q1 - tile.q0, tile.k1 - tile.k0, window, q.device), q.dtype)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

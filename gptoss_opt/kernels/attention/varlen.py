@@ -9,7 +9,6 @@ Shapes: B batch, H query heads, N key/value heads, T queries, S keys, D head dim
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor
 
 from . import tiled
-from .visible import Rules, Segment, segments
+from .visible import Rules, segments
 
 
 class VarlenCall(NamedTuple):
     """What a kernel is asked for: cumulative lengths of the packed sequences, int32 [num_sequences + 1], the longest of
-    them, the scale, and the window (None: unlimited)."""
+    them (these four in the order that torch's own kernels take), the scale, and the window (None: unlimited)."""
 
     cu_q: Tensor
     cu_k: Tensor
@@ -35,47 +34,27 @@ class VarlenCall(NamedTuple):
 class VarlenKernel(Protocol):
     """A causal flash kernel on packed q [P, H, D], k and v [P, N, D], aligned at the end of each sequence.
 
+    `forward` gives the output [P, H, D] and the log-sum-exp, float32 [H, P]; `backward` gives dq, dk and dv for any
+    `out` and `lse` of these shapes.
+
     Attributes:
         knows_sinks: it takes the sinks itself, and the log-sum-exp it returns includes them.
     """
 
     @property
     def knows_sinks(self) -> bool: ...
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
-        """The output [P, H, D] and the log-sum-exp, float32 [H, P]."""
-        ...
-
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]: ...
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, given any `out` [P, H, D] and `lse` [H, P]."""
-        ...
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-@dataclass(frozen=True)
-class Packing:
+class Packing(NamedTuple):
     """Which tokens of [B, T] and [B, S] are packed, in order (None: all of them), and what to ask of the kernel."""
 
     queries: Tensor | None
     keys: Tensor | None
     call: VarlenCall
-
-    @classmethod
-    def of(cls, found: list[Segment], q: Tensor, k: Tensor, rules: Rules) -> Packing:
-        """The packing of these segments of attention on q [B, H, T, D] and k [B, N, S, D]."""
-        num_queries, num_keys, device = q.shape[2], k.shape[2], q.device
-        q_lengths = [segment.q1 - segment.q0 for segment in found]
-        k_lengths = [segment.k1 - segment.k0 for segment in found]
-        cu_q, cu_k = (
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-            for lengths in (q_lengths, k_lengths)
-        )
-        call = VarlenCall(cu_q, cu_k, max(q_lengths), max(k_lengths), rules.scale, rules.window)
-        if rules.visible.everything:
-            return cls(None, None, call)
-        queries = [torch.arange(s.q0, s.q1) + s.row * num_queries for s in found]
-        keys = [torch.arange(s.k0, s.k1) + s.row * num_keys for s in found]
-        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), call)
 
 
 def _pack(x: Tensor, tokens: Tensor | None) -> Tensor:
@@ -92,13 +71,24 @@ def _unpack(packed: Tensor, tokens: Tensor | None, batch: int, length: int) -> T
 
 
 def _plan(q: Tensor, k: Tensor, rules: Rules) -> Packing | None:
-    """How to pack this problem, or None if a varlen kernel cannot express it."""
-    if rules.visible.mask is not None or q.shape[2] == 1 or not q.numel():
+    """How to pack attention on q [B, H, T, D] and k [B, N, S, D], or None if a varlen kernel cannot express it."""
+    num_queries, num_keys, device = q.shape[2], k.shape[2], q.device
+    if rules.visible.mask is not None or num_queries == 1 or not q.numel():
         return None
-    found = segments(rules.visible, q.shape[0], q.shape[2], k.shape[2])
+    found = segments(rules.visible, q.shape[0], num_queries, num_keys)
     if not found or any(segment.holes for segment in found):
         return None
-    return Packing.of(found, q, k, rules)
+    q_lengths = [segment.q1 - segment.q0 for segment in found]
+    k_lengths = [segment.k1 - segment.k0 for segment in found]
+    cu_q, cu_k = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (q_lengths, k_lengths)
+    )
+    call = VarlenCall(cu_q, cu_k, max(q_lengths), max(k_lengths), rules.scale, rules.window)
+    if rules.visible.everything:
+        return Packing(None, None, call)
+    queries = [torch.arange(s.q0, s.q1) + s.row * num_queries for s in found]
+    keys = [torch.arange(s.k0, s.k1) + s.row * num_keys for s in found]
+    return Packing(torch.cat(queries).to(device), torch.cat(keys).to(device), call)
 
 
 def forward(
@@ -116,14 +106,11 @@ def forward(
         packed_lse = total
     batch, num_queries = q.shape[0], q.shape[2]
     out = _unpack(packed, packing.queries, batch, num_queries)
-    if packing.queries is None:
-        lse = packed_lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
-    else:
+    if packing.queries is not None:
         # A query that sees no key sees the sink.
         flat = sinks.to(packed_lse.dtype)[:, None].repeat(1, batch * num_queries)
-        flat.index_copy_(1, packing.queries, packed_lse)
-        lse = flat.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
-    return out, lse
+        packed_lse = flat.index_copy_(1, packing.queries, packed_lse)
+    return out, packed_lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
 
 
 def backward(

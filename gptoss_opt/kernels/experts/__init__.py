@@ -52,7 +52,7 @@ def experts(
     """
     is_packed = isinstance(gate_up, PackedWeights)
     kernel = PACKED_KERNELS[backend] if is_packed else DENSE_KERNELS[backend]
-    if kernel.fused and not needs_operator(x, routing_weights, *gate_up.trainable, *down.trainable):
+    if kernel.fused and not needs_operator(x, routing_weights, *vars(gate_up).values(), *vars(down).values()):
         return kernel.fused(x, indices, routing_weights, gate_up, down, alpha, limit)
     linear: Callable[..., Tensor] = packed.linear if is_packed else dense.linear
     # The dtype is that of the tokens, whatever autocast would make of plain products.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -16,12 +16,13 @@ from .weights import DenseWeights, ExpertWeights, PackedWeights
 PACKED_BACKENDS = (TRITON, NATIVE, REFERENCE)
 DENSE_BACKENDS = (NATIVE_DENSE, TORCH_GROUPED, REFERENCE_DENSE)
 
+Weights = TypeVar("Weights", contravariant=True)
 Fused = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertWeights, float, float], Tensor]
 """All of `experts` in one call, without gradients."""
 
 
-class PackedKernel(Protocol):
-    """The product with packed weights, and the activation, each with its gradient.
+class Kernel(Protocol[Weights]):
+    """The product with weights, and its gradient for the rows.
 
     Rows `x` [N, in] and `y` [N, out] are sorted by expert, those of expert `e` ending before `offsets[e]`, int32 [E].
     Rows after the last offset belong to no expert and give zeros. `fused` is there if one call can do all of it.
@@ -29,24 +30,25 @@ class PackedKernel(Protocol):
 
     @property
     def fused(self) -> Fused | None: ...
-    def forward(self, x: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor: ...
-    def backward(self, d_y: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor: ...
+    def forward(self, x: Tensor, offsets: Tensor, weights: Weights) -> Tensor: ...
+    def backward(self, d_y: Tensor, offsets: Tensor, weights: Weights) -> Tensor: ...
+
+
+class PackedKernel(Kernel[PackedWeights], Protocol):
+    """The product with packed weights, and the activation, with its gradient as well."""
+
     def swiglu(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor: ...
     def swiglu_backward(self, d_h: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor: ...
 
 
-class DenseKernel(Protocol):
-    """The product with dense weights, and its gradient for the rows, which are as those of `PackedKernel`.
+class DenseKernel(Kernel[DenseWeights], Protocol):
+    """The product with dense weights.
 
     `as_operator` says whether a call must go through the operator of `dense`; otherwise autograd differentiates
-    `forward` itself. `fused` is there if one call can do all of it.
+    `forward` itself.
     """
 
-    @property
-    def fused(self) -> Fused | None: ...
     def as_operator(self, x: Tensor, weights: DenseWeights) -> bool: ...
-    def forward(self, x: Tensor, offsets: Tensor, weights: DenseWeights) -> Tensor: ...
-    def backward(self, d_y: Tensor, offsets: Tensor, weights: DenseWeights) -> Tensor: ...
 
 
 PACKED_KERNELS: dict[str, PackedKernel] = {backend.name: backend for backend in PACKED_BACKENDS}

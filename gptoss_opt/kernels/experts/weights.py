@@ -36,11 +36,6 @@ class DenseWeights:
         """E, in and out."""
         return self.weight.shape
 
-    @property
-    def trainable(self) -> tuple[Tensor | None, ...]:
-        """What may take gradients."""
-        return self.weight, self.bias
-
     def expert(self, index: int, like: Tensor) -> Tensor:
         """The weights of one expert `[in, out]`, which must be in the dtype of `like` already."""
         return self.weight[index]
@@ -65,11 +60,6 @@ class PackedWeights:
         """E, in and out."""
         num_experts, num_out, num_blocks = self.scales.shape
         return num_experts, num_blocks * BLOCK, num_out
-
-    @property
-    def trainable(self) -> tuple[Tensor | None, ...]:
-        """What may take gradients."""
-        return (self.bias,)
 
     def expert(self, index: int, like: Tensor) -> Tensor:
         """The weights of one expert `[in, out]`, in the dtype of `like`."""

@@ -13,10 +13,14 @@ def pack(dense: Tensor) -> tuple[Tensor, Tensor]:
     """`format.pack`: rows [..., K] to blocks [..., K / 32, 16] and scales [..., K / 32]."""
     if native.why_not(dense.device.type, dense.dtype) is not None or dense.ndim == 0 or dense.shape[-1] % plain.BLOCK:
         return plain.pack(dense)
-    shape = (*dense.shape[:-1], dense.shape[-1] // plain.BLOCK)
+    functions, best, parallel = native.library()
+    rows, shape = dense.detach().contiguous(), (*dense.shape[:-1], dense.shape[-1] // plain.BLOCK)
     blocks, scales = (torch.empty(size, dtype=torch.uint8) for size in ((*shape, plain.BLOCK // 2), shape))
+    there = map(Tensor.data_ptr, (rows, blocks, scales))
+    half, num_threads = rows.dtype == torch.bfloat16, torch.get_num_threads()
+    failed = functions.gptoss_pack(best, half, *there, scales.numel(), parallel, num_threads)
     # What is not finite is refused in one place.
-    return (blocks, scales) if native.pack(dense, blocks, scales) else plain.pack(dense)
+    return plain.pack(dense) if failed else (blocks, scales)
 
 
 def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -24,4 +28,9 @@ def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -
     if native.why_not(blocks.device.type, dtype) is not None:
         return plain.unpack(blocks, scales, dtype)
     plain.check_shapes(blocks, scales)
-    return native.unpack(blocks, scales, torch.empty((*scales.shape[:-1], scales.shape[-1] * plain.BLOCK), dtype=dtype))
+    functions, _, parallel = native.library()
+    blocks, scales = blocks.contiguous(), scales.contiguous()
+    dense = torch.empty((*scales.shape[:-1], scales.shape[-1] * plain.BLOCK), dtype=dtype)
+    there, num_threads = map(Tensor.data_ptr, (blocks, scales, dense)), torch.get_num_threads()
+    functions.gptoss_unpack(dtype == torch.bfloat16, *there, scales.numel(), parallel, num_threads)
+    return dense

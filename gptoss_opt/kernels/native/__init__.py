@@ -1,4 +1,4 @@
-"""The native library for CPUs: found, loaded, and the formats it packs and unpacks.
+"""The native library for CPUs: found and loaded.
 
 It is plain C (folder c), built when the package is installed if there is a compiler, and loaded on first use. Its
 threads are those of torch's own OpenMP runtime, as many as `torch.get_num_threads()`: a second pool would compete with
@@ -31,14 +31,7 @@ class Matrices(ctypes.Structure):
 
     _fields_ = (("weights", _P), ("scales", _P), ("bias", _P), ("rows", _LONG), ("length", _LONG))
     tensors: tuple[Tensor | None, ...]
-
-    @classmethod
-    def of(cls, weights: Tensor, scales: Tensor | None, bias: Tensor | None, rows: int, length: int) -> Matrices:
-        """Contiguous tensors, which stay alive as long as their addresses are held."""
-        there = weights.data_ptr(), None if scales is None else scales.data_ptr()
-        matrices = cls(*there, None if bias is None else bias.data_ptr(), rows, length)
-        matrices.tensors = weights, scales, bias
-        return matrices
+    """Those that lie there, contiguous: they stay alive as long as their addresses are held."""
 
 
 class PagedArguments(ctypes.Structure):
@@ -100,20 +93,9 @@ def _load(path: str) -> Library:
     functions = ctypes.CDLL(path)
     weights = ctypes.POINTER(Matrices)
     functions.gptoss_product.argtypes = [_INT, _INT, *[_P] * 3, weights, _P, _LONG, _P, _INT]
-    functions.gptoss_experts.argtypes = [
-        _INT,
-        *[_P] * 3,
-        weights,
-        weights,
-        _P,
-        *[_LONG] * 3,
-        _DOUBLE,
-        _DOUBLE,
-        _P,
-        _INT,
-    ]
-    functions.gptoss_swiglu.argtypes = [_INT, _INT, _P, _P, _P, _LONG, _DOUBLE, _DOUBLE, _P, _INT]
-    functions.gptoss_unpack.argtypes = [_INT, _P, _P, _P, _LONG, _P, _INT]
+    functions.gptoss_experts.argtypes = [_INT, *[_P] * 3, *[weights] * 2, _P, *[_LONG] * 3, *[_DOUBLE] * 2, _P, _INT]
+    functions.gptoss_swiglu.argtypes = [_INT, _INT, *[_P] * 3, _LONG, *[_DOUBLE] * 2, _P, _INT]
+    functions.gptoss_unpack.argtypes = [_INT, *[_P] * 3, _LONG, _P, _INT]
     functions.gptoss_paged_attention.argtypes = [_INT, ctypes.POINTER(PagedArguments), _LONG, _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
     return Library(functions, functions.gptoss_init(), _fork_join())
@@ -136,41 +118,3 @@ def _fork_join() -> ctypes.c_void_p | None:
         if hasattr(runtime, "GOMP_parallel"):
             return ctypes.cast(runtime.GOMP_parallel, _P)
     return None
-
-
-def instruction_set() -> str:
-    """The best of `INSTRUCTION_SETS` that this CPU has, and the library uses."""
-    return INSTRUCTION_SETS[library().best]
-
-
-def unpack(blocks: Tensor, scales: Tensor, to: Tensor) -> Tensor:
-    """Fill `to` [..., K], contiguous, bfloat16 or float32, with the values of packed rows."""
-    functions, _, parallel = library()
-    blocks, scales = blocks.contiguous(), scales.contiguous()
-    functions.gptoss_unpack(
-        to.dtype == torch.bfloat16,
-        blocks.data_ptr(),
-        scales.data_ptr(),
-        to.data_ptr(),
-        scales.numel(),
-        parallel,
-        torch.get_num_threads(),
-    )
-    return to
-
-
-def pack(dense: Tensor, blocks: Tensor, scales: Tensor) -> bool:
-    """Fill `blocks` and `scales`, contiguous, with `dense` [..., K], bfloat16 or float32; False if it is not finite."""
-    functions, best, parallel = library()
-    dense = dense.detach().contiguous()
-    status = functions.gptoss_pack(
-        best,
-        dense.dtype == torch.bfloat16,
-        dense.data_ptr(),
-        blocks.data_ptr(),
-        scales.data_ptr(),
-        scales.numel(),
-        parallel,
-        torch.get_num_threads(),
-    )
-    return status == 0

@@ -35,7 +35,7 @@ class FlashAttn:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         function = getattr(import_module(self.module), self.functions[0])
-        out, lse, *_ = function(q=q, k=k, v=v, **self.forward_options, **_lengths(call), **_window(call, unlimited=-1))
+        out, lse, *_ = function(q=q, k=k, v=v, **self.forward_options, **_arguments(call, unlimited=-1))
         return out, lse.contiguous()
 
     def backward(
@@ -43,7 +43,7 @@ class FlashAttn:
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         deterministic = torch.are_deterministic_algorithms_enabled()
-        options = {**self.backward_options, **_lengths(call), **_window(call, unlimited=-1)}
+        options = {**self.backward_options, **_arguments(call, unlimited=-1)}
         tensors = {"dout": d_out, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "dq": dq, "dk": dk, "dv": dv}
         getattr(import_module(self.module), self.functions[1])(**tensors, deterministic=deterministic, **options)
         return dq, dk, dv
@@ -72,16 +72,8 @@ class FlashAttn4:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        out, lse, *_ = _flash_attn_fwd(
-            q=q,
-            k=k,
-            v=v,
-            causal=True,
-            learnable_sink=sinks.to(torch.bfloat16),
-            return_lse=True,
-            **_lengths(call),
-            **_window(call, unlimited=None),
-        )
+        options = {"learnable_sink": sinks.to(torch.bfloat16), "return_lse": True, **_arguments(call, unlimited=None)}
+        out, lse, *_ = _flash_attn_fwd(q=q, k=k, v=v, causal=True, **options)
         return out, lse
 
     def backward(
@@ -89,22 +81,20 @@ class FlashAttn4:
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        common = {**_lengths(call), **_window(call, unlimited=None)}
-        dq, dk, dv, *_ = _flash_attn_bwd(q=q, k=k, v=v, out=out, dout=d_out, lse=lse, causal=True, **common)
+        options = _arguments(call, unlimited=None)
+        dq, dk, dv, *_ = _flash_attn_bwd(q=q, k=k, v=v, out=out, dout=d_out, lse=lse, causal=True, **options)
         return dq, dk, dv
 
 
-def _lengths(call: VarlenCall) -> dict[str, Any]:
+def _arguments(call: VarlenCall, unlimited: int | None) -> dict[str, Any]:
+    """What all of them take. A window of w keys, the query's own included, is w - 1 to the left."""
+    left, right = (unlimited, unlimited) if call.window is None else (call.window - 1, 0)
     return {
         "cu_seqlens_q": call.cu_q,
         "cu_seqlens_k": call.cu_k,
         "max_seqlen_q": call.max_q,
         "max_seqlen_k": call.max_k,
         "softmax_scale": call.scale,
+        "window_size_left": left,
+        "window_size_right": right,
     }
-
-
-def _window(call: VarlenCall, unlimited: int | None) -> dict[str, int | None]:
-    """A window of w keys, the query's own included, is w - 1 to the left."""
-    left, right = (unlimited, unlimited) if call.window is None else (call.window - 1, 0)
-    return {"window_size_left": left, "window_size_right": right}

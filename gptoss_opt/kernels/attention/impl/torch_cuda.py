@@ -20,18 +20,7 @@ class TorchFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            call.cu_q,
-            call.cu_k,
-            call.max_q,
-            call.max_k,
-            0.0,
-            True,
-            False,
-            scale=call.scale,
-            **_window(call.window),
+            q, k, v, *call[:4], 0.0, True, False, scale=call.scale, **_window(call.window)
         )
         return out, lse
 
@@ -41,25 +30,10 @@ class TorchFlash:
         # Without dropout the kernel reads neither of the two random states, but wants tensors.
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         unused = torch.empty(0, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            d_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            call.cu_q,
-            call.cu_k,
-            call.max_q,
-            call.max_k,
-            0.0,
-            True,
-            rng_state,
-            unused,
-            scale=call.scale,
-            **_window(call.window),
+        options = {"scale": call.scale, **_window(call.window)}
+        return torch.ops.aten._flash_attention_backward(
+            d_out, q, k, v, out, lse, *call[:4], 0.0, True, rng_state, unused, **options
         )
-        return dq, dk, dv
 
 
 def _window(window: int | None) -> dict[str, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...mxfp4 import BLOCK
-from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, instruction_set, library, why_not
+from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, library, why_not
 from ..tracing import needs_operator
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights
 
@@ -55,9 +55,7 @@ class Native:
         out = torch.empty_like(rows)
         status = functions.gptoss_experts(
             which if dtype == torch.bfloat16 else min(which, BFLOAT16 - 1),
-            rows.data_ptr(),
-            indices.data_ptr(),
-            routing_weights.data_ptr(),
+            *map(Tensor.data_ptr, (rows, indices, routing_weights)),
             _matrices(gate_up, gate_up.bias, dtype),
             _matrices(down, down.bias, dtype),
             out.data_ptr(),
@@ -98,9 +96,10 @@ class NativeDense(Native):
         """The reason why it cannot serve, or None."""
         if reason := why_not(request.device_type, request.dtype):
             return reason
-        if request.dtype != torch.bfloat16 or library().best != BFLOAT16:
-            which = INSTRUCTION_SETS[BFLOAT16]
-            return f"takes dense weights in bfloat16 on {which}; this is {request.dtype} on {instruction_set()}"
+        best = library().best
+        if request.dtype != torch.bfloat16 or best != BFLOAT16:
+            which = f"in bfloat16 on {INSTRUCTION_SETS[BFLOAT16]}"
+            return f"takes dense weights {which}; this is {request.dtype} on {INSTRUCTION_SETS[best]}"
         if odd := [size for size in request.sizes if size % BLOCK]:
             return f"takes dense weights of sizes that are multiples of {BLOCK}, not {odd[0]}"
         return None
@@ -118,8 +117,8 @@ def _dtype(x: Tensor, *projections: ExpertWeights, which: int) -> torch.dtype:
         problem = f"the native library {why_not(x.device.type, x.dtype)}"
         raise ValueError(f"{problem}: moved or cast after it was wrapped. Apply the wrapper again: it chooses anew.")
     for weights in projections:
-        values = weights.weight if isinstance(weights, DenseWeights) else weights.blocks
         dense = isinstance(weights, DenseWeights)
+        values = weights.weight if isinstance(weights, DenseWeights) else weights.blocks
         wanted = torch.bfloat16 if dense else torch.uint8
         if values.device.type != "cpu" or values.dtype != wanted:
             raise ValueError(
@@ -155,7 +154,11 @@ def _matrices(weights: ExpertWeights, bias: Tensor | None, dtype: torch.dtype) -
     else:
         values, scales = weights.blocks.contiguous(), weights.scales.contiguous()
         _, length, rows = weights.shape
-    return Matrices.of(values, scales, None if bias is None else bias.to(dtype).contiguous(), rows, length)
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    there = values.data_ptr(), None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr()
+    matrices = Matrices(*there, rows, length)
+    matrices.tensors = values, scales, bias
+    return matrices
 
 
 def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool, which: int | None) -> Tensor:
@@ -176,9 +179,7 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     status = functions.gptoss_product(
         which if half else min(which, BFLOAT16 - 1),
         packed == backward,
-        rows.data_ptr(),
-        y.data_ptr(),
-        offsets.data_ptr(),
+        *map(Tensor.data_ptr, (rows, y, offsets)),
         matrices,
         None if room is None else room.data_ptr(),
         offsets.numel(),

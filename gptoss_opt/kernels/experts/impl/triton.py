@@ -138,7 +138,8 @@ def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if dense.numel():
         grid = (_cdiv(scales.numel(), SCALES_PER_PROGRAM),)
         with torch.cuda.device_of(blocks):
-            _kernels().unpack_kernel[grid](_words(blocks), scales, dense, scales.numel(), BLOCK_G=SCALES_PER_PROGRAM)
+            words = blocks.view(torch.int32)
+            _kernels().unpack_kernel[grid](words, scales, dense, scales.numel(), BLOCK_G=SCALES_PER_PROGRAM)
     return dense
 
 
@@ -159,11 +160,6 @@ def _check(rows: Tensor, offsets: Tensor, weights: PackedWeights, *, dim: int) -
     assert (rows.dtype in DTYPES, offsets.dtype, blocks.dtype, scales.dtype) == (True, torch.int32, *2 * [torch.uint8])
     # A copy of the weights on every call would hide what packing is for.
     assert all(x.is_contiguous() for x in (offsets, blocks, scales))
-
-
-def _words(blocks: Tensor) -> Tensor:
-    """Packed bytes as 32-bit words, without a copy."""
-    return blocks.view(torch.int32)
 
 
 def _tile(tiles: tuple[tuple[int | None, TileConfig], ...], rows: Tensor, num_experts: int) -> TileConfig:
@@ -195,7 +191,7 @@ def _launch(
         getattr(_kernels(), name)[(num_row_tiles * num_feature_tiles,)](
             rows.contiguous(),
             offsets,
-            _words(weights.blocks),
+            weights.blocks.view(torch.int32),
             weights.scales,
             out,
             len(rows),
