@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ..layout import Source, relayout
-from .errors import BackendError, IrreversibleError
-from .journal import Journal
+from .errors import BackendError, CompatibilityError, IrreversibleError
+from .journal import Edit, Journal
 from .record import RECORD, Record, record_of, standing
-from .resolve import Choose, Resolved, choosing, layout_for, resolve
+from .resolve import Choose, Resolved, choosing, confer, layout_for, resolve
 from .slots import holders, stands_by_for, working
 from .spec import Attachment, Filler, Report, Spec
 
@@ -50,6 +51,8 @@ def take_off(model: nn.Module, names: Sequence[str]) -> None:
         )
     if names:
         kept = tuple(applied.wrapper for applied in record.applied if applied.wrapper.name not in names)
+        if problems := confer(kept, model, ()):
+            raise CompatibilityError(problems)
         choices = {wrapper: choose(wrapper) for wrapper in working(kept)}
         target = Resolved.of(kept, choices, layout_for(kept, model), model)
         _switch(model, target, choose)
@@ -88,21 +91,24 @@ def _switch(model: nn.Module, target: Resolved, choose: Choose, source: Source |
     # What was attached for another layout, or among other ranks, is attached anew.
     same = (record.layout, record.mesh) == (target.layout, target.mesh)
     num_kept = _num_in_place(model, record, target.wrappers, choose) if same else 0
-    choices = {applied.wrapper: applied.choice for applied in record.applied}
-    before = Resolved(tuple(choices), choices, record.layout, record.mesh)
     states = {applied.wrapper: applied.state for applied in record.applied}
-    held, relaid = record.held, None
+    before, relaid = replace(record), None
+    taken_off = _detach_from(model, record, num_kept)
     try:
-        _detach_from(model, record, num_kept)
-        relaid = relayout(model, held, target.layout, target.mesh, source)
-        record.held = relaid.held
+        relaid = relayout(model, record.held, target.layout, target.mesh, source)
+        record.layout, record.mesh, record.held = target.layout, target.mesh, relaid.held
         _attach_all(model, record, target, states)
     except BaseException:
         _detach_from(model, record, num_kept)
         if relaid:
             relaid.undo()
-        record.held = held
-        _attach_all(model, record, before, states)
+        # What wrappers had done is done again edit by edit: asked once more, one that failed might fail again.
+        for journal, edits in reversed(taken_off):
+            for edit in edits:
+                edit.redo(model)
+            if isinstance(journal, Attachment):
+                record.applied.append(journal)
+        record.layout, record.mesh, record.held, record.told = before.layout, before.mesh, before.held, before.told
         raise
     finally:
         if not record.applied:
@@ -111,17 +117,16 @@ def _switch(model: nn.Module, target: Resolved, choose: Choose, source: Source |
             del model.__dict__[RECORD]
 
 
-def _detach_from(model: nn.Module, record: Record, number: int) -> None:
-    """Take off the wrappers from this number on, the last first."""
-    while len(record.applied) > number:
-        record.applied[-1].undo(model)
-        record.applied.pop()
-    record.told.undo(model)
+def _detach_from(model: nn.Module, record: Record, number: int) -> list[tuple[Journal, list[Edit]]]:
+    """Take off the wrappers from this number on, the last first; return each journal with what of it was undone."""
+    journals = [record.told, *reversed(record.applied[number:])]
+    del record.applied[number:]
+    record.told = Journal()
+    return [(journal, journal.undo(model)) for journal in journals]
 
 
 def _attach_all(model: nn.Module, record: Record, target: Resolved, states: Mapping[Spec, Any]) -> None:
     """Attach the wrappers of `target` behind those that are on the model."""
-    record.layout, record.mesh = target.layout, target.mesh
     held = holders(working(target.wrappers))
     for wrapper in target.wrappers[len(record.applied) :]:
         holder = stands_by_for(wrapper, target.wrappers)

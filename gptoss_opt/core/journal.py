@@ -26,6 +26,14 @@ def resolve_path(model: nn.Module, path: str) -> Any:
     return reduce(getattr, path.split("."), model) if path else model
 
 
+def _find(model: nn.Module, path: str) -> Any:
+    """What is at a path now; None if the user has taken it out of the model since."""
+    found: Any = model
+    for name in filter(None, path.split(".")):
+        found = getattr(found, name, None)
+    return found
+
+
 def _is_ours(current: object, new: object) -> bool:
     return current is new or (
         isinstance(new, str | int | float | tuple) and type(current) is type(new) and current == new
@@ -47,19 +55,19 @@ class SetAttribute:
         Going through edits from the last to the first, `found` holds what later ones found, and gets what this found.
         """
         found = {} if found is None else found
-        now = found.get((self.path, self.name), getattr(resolve_path(model, self.path), self.name, MISSING))
+        now = found.get((self.path, self.name), getattr(_find(model, self.path), self.name, MISSING))
         found[self.path, self.name] = self.old
         return _is_ours(now, self.new)
 
     def undo(self, model: nn.Module) -> None:
-        # What the user has set since stays as the user set it.
-        if not self.intact(model):
-            return
         owner = resolve_path(model, self.path)
         if self.old is MISSING:
             delattr(owner, self.name)
         else:
             setattr(owner, self.name, self.old)
+
+    def redo(self, model: nn.Module) -> None:
+        setattr(resolve_path(model, self.path), self.name, self.new)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class AddPreHook:
 
     path: str
     hook_id: int
+    hook: Callable[..., Any]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # In the process that unpickles, torch counts hooks from zero again: a later hook must not take our number.
@@ -76,12 +85,17 @@ class AddPreHook:
 
     def intact(self, model: nn.Module, found: dict[tuple[str, str], Any] | None = None) -> bool:
         """Whether the hook is still there."""
-        return self.hook_id in resolve_path(model, self.path)._forward_pre_hooks
+        return self.hook_id in getattr(_find(model, self.path), "_forward_pre_hooks", ())
 
     def undo(self, model: nn.Module) -> None:
         module = resolve_path(model, self.path)
         module._forward_pre_hooks.pop(self.hook_id, None)
         module._forward_pre_hooks_with_kwargs.pop(self.hook_id, None)
+
+    def redo(self, model: nn.Module) -> None:
+        module = resolve_path(model, self.path)
+        module._forward_pre_hooks[self.hook_id] = self.hook
+        module._forward_pre_hooks_with_kwargs[self.hook_id] = True
 
 
 Edit = SetAttribute | AddPreHook
@@ -146,9 +160,13 @@ class Journal:
         `hook` is a module-level function, so that the model can still be pickled.
         """
         handle = resolve_path(model, path).register_forward_pre_hook(hook, with_kwargs=True)
-        self.edits.append(AddPreHook(path, handle.id))
+        self.edits.append(AddPreHook(path, handle.id, hook))
 
-    def undo(self, model: nn.Module) -> None:
-        """Put everything back, last change first."""
-        while self.edits:
-            self.edits.pop().undo(model)
+    def undo(self, model: nn.Module) -> list[Edit]:
+        """Put everything back but what the user has set since, last change first; return what was put back."""
+        undone = []
+        for edit in reversed(self.edits):
+            if edit.intact(model):
+                edit.undo(model)
+                undone.append(edit)
+        return undone[::-1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..layout import Layout, LayoutError, Mesh, dense_layout
+from ..layout import Layout, LayoutError, Mesh, check, dense_layout, require
 from .backend import Choice
 from .errors import BackendError, CompatibilityError
 from .record import RECORD, held_by, record_of
@@ -43,6 +43,12 @@ class Resolved:
         try:
             for wrapper in working(stack):
                 mesh = wrapper.bind(model, mesh)
+            bound = mesh.coordinate if mesh else {}
+            require(
+                f"no wrapper binds the ranks of axis {axis.name!r}, over which parameters are split. Define bind."
+                for axis in layout.axes
+                if axis.name not in bound
+            )
         except LayoutError as error:
             raise CompatibilityError([str(error)]) from error
         return cls(tuple(stack), choices, layout, mesh)
@@ -70,10 +76,13 @@ def layout_for(stack: Sequence[Spec], model: nn.Module) -> Layout:
 
     Raises `LayoutError` if they cannot be held so.
     """
-    layout = dense_layout(model, held_by(model))
+    held = held_by(model)
+    layout = dense_layout(model, held)
     for wrapper in working(stack):
         layout = wrapper.layout(model, replace(layout, author=repr(wrapper)))
-    layout.check()
+        if not isinstance(layout, Layout):
+            raise TypeError(f"{wrapper!r}: layout returned a {type(layout).__name__}, not a Layout.")
+    check(layout, model, held)
     return replace(layout, author="")
 
 

@@ -103,6 +103,9 @@ class Spec:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = WRAPPERS.get(getattr(cls, "name", ""))
+        if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__qualname__} needs a `name` of its own: {known.name!r} is {known.__qualname__}.")
         if "name" in cls.__dict__:
             WRAPPERS[cls.name] = cls
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ..layout import Layout
+from ..layout import Layout, require
 from .apply import apply, take_off
 from .record import record_of, wrapped_model
 from .resolve import layout_for, validated
@@ -71,7 +71,8 @@ class Stack:
             model: of which shapes and dtypes are read; it may be on the meta device.
 
         Raises:
-            LayoutError: two of the wrappers ask for what cannot be both.
+            LayoutError: the model is not of the kind, its sizes do not divide, or two wrappers ask for what cannot be
+                both.
             ValueError: the number of ranks is not given, and there is no process group to tell.
 
         Example:
@@ -79,6 +80,8 @@ class Stack:
             >>> layout.axes, layout.max_bytes()
             ((Axis(name='tp', degree=2, data_parallel=False),), 207840)
         """
+        model = wrapped_model(model)
+        require(reason for wrapper in self.wrappers if (reason := wrapper.host.why_not(model)))
         return layout_for(self.wrappers, model)
 
     def to_json(self) -> str:
@@ -111,9 +114,7 @@ def _from_json(name: str, options: dict[str, Any]) -> Any:
 
 
 def _belongs_to_this_run(value: object) -> Any:
-    raise TypeError(
-        f"{value!r} belongs to this run, and JSON cannot hold it. Give the wrapper `degree` instead of a mesh."
-    )
+    raise TypeError(f"{value!r} is none of JSON's values. Give numbers, strings or tuples; `degree`, not a mesh.")
 
 
 def _from_lists(value: Any) -> Any:

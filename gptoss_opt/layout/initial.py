@@ -29,6 +29,6 @@ def first_values(parameter: str, form: Form, index: Mapping[int, Part]) -> Tenso
     """The slice of a new parameter that a rank begins with, drawn in float32 on the CPU."""
     assert form.new is not None
     seed = int.from_bytes(hashlib.blake2b(parameter.encode(), digest_size=7).digest(), "big")
-    whole = torch.empty(form.shape)
+    whole = torch.empty(form.shape, dtype=torch.float32, device="cpu")
     INITS[form.new.init](whole, torch.Generator().manual_seed(seed))
     return take(whole, index).to(form.dtype).clone(memory_format=torch.contiguous_format)

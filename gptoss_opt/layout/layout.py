@@ -11,9 +11,18 @@ import torch
 
 from .storage import DENSE, STORAGES, Part, Split
 
+UNKNOWN = (-1,)
+"""The shape of a parameter that a model does not have, or that a layout was asked for without a model."""
+
 
 class LayoutError(ValueError):
-    """Two wrappers ask for layouts that no parameter can have at once."""
+    """A wrapper asks for what no parameter can be, or two ask for what one cannot be at once."""
+
+
+def require(problems: Iterable[str]) -> None:
+    """Raise `LayoutError` with the first of some problems, if there are any."""
+    for problem in problems:
+        raise LayoutError(problem)
 
 
 @dataclass(frozen=True)
@@ -40,14 +49,12 @@ class New:
         trainable: whether it takes gradients.
         beside: the parameter whose module it computes with, so that it is split as that one is.
         dims: pairs of a dimension of `beside` and the dimension of the new parameter that is split along with it.
-        by: the wrapper that asked for it.
     """
 
     init: str
     trainable: bool = True
     beside: str | None = None
     dims: tuple[tuple[int, int], ...] = ()
-    by: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,9 @@ class Form:
         added_once: axes over whose ranks the result that it is added to is summed: it counts on the first of them.
         partial: axes over whose ranks each computes a part with all of it, so that its gradient is the sum of theirs.
         new: what it is, if a wrapper brought it.
-        shape: of the whole dense parameter.
-        dtype: of its dense values.
+        shape: the shape of the whole dense parameter.
+        dtype: the dtype of its dense values.
+        by: the wrapper that asked for its storage, or brought it.
     """
 
     storage: str = DENSE.name
@@ -69,8 +77,9 @@ class Form:
     added_once: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
     new: New | None = None
-    shape: tuple[int, ...] = field(default=(), compare=False)
+    shape: tuple[int, ...] = field(default=UNKNOWN, compare=False)
     dtype: torch.dtype = field(default=torch.float32, compare=False)
+    by: str = field(default="", compare=False)
 
     def index(self, coordinate: Mapping[str, int]) -> dict[int, Part]:
         """The indices that the rank at a `coordinate` (by axis) holds, for each dimension that is split."""
@@ -121,12 +130,14 @@ class Layout:
     def form(self, parameter: str) -> Form:
         """How a parameter is to be held, all that was asked for considered. Raises `LayoutError` if that cannot be."""
         asked = self.asked.get(parameter, Form())
-        splits, partial = _in_force(parameter, asked.splits), asked.partial
-        if asked.new and asked.new.beside:
+        splits, partial, once = asked.splits, asked.partial, asked.added_once
+        if asked.new and asked.new.beside and asked.new.beside != parameter:
             beside, dims = self.form(asked.new.beside), dict(asked.new.dims)
-            along = tuple(replace(split, dim=dims[split.dim]) for split in beside.splits if split.dim in dims)
-            splits, partial = splits + along, tuple(s.axis for s in beside.splits if s.dim not in dims) + beside.partial
-        once = tuple(axis for axis in asked.added_once if axis not in {split.axis for split in splits})
+            splits += tuple(replace(split, dim=dims[split.dim]) for split in beside.splits if split.dim in dims)
+            partial = tuple(split.axis for split in beside.splits if split.dim not in dims) + beside.partial
+            once += beside.added_once
+        splits = _in_force(parameter, splits)
+        once = tuple(axis for axis in once if axis not in {split.axis for split in splits})
         return replace(asked, splits=splits, added_once=once, partial=partial)
 
     @property
@@ -138,11 +149,6 @@ class Layout:
     def new(self) -> list[str]:
         """The parameters that wrappers brought."""
         return [name for name, form in self.asked.items() if form.new]
-
-    def check(self) -> None:
-        """Raise `LayoutError` if the form of any parameter cannot be."""
-        for parameter in self:
-            self.form(parameter)
 
     def num_bytes(self, coordinate: Mapping[str, int]) -> int:
         """The bytes of all parameters that the rank at a coordinate (by axis) holds."""
@@ -156,8 +162,15 @@ class Layout:
         return max(sum(form.num_bytes(coordinate) for form in forms) for coordinate in coordinates)
 
     def store(self, parameters: Iterable[str], storage: str) -> Layout:
-        """This layout with `parameters` in `storage`."""
-        return self._with({name: replace(self._asked(name), storage=storage) for name in parameters})
+        """This layout with `parameters` in `storage`. Raises `LayoutError` if another wrapper stores one otherwise."""
+        old = {name: self._asked(name) for name in parameters}
+        for name, form in old.items():
+            if form.storage not in (DENSE.name, storage):
+                raise LayoutError(
+                    f"{form.by or 'a wrapper'} stores {name} as {form.storage!r}, and {self.author or 'another'} as "
+                    f"{storage!r}. Keep one of them."
+                )
+        return self._with({name: replace(form, storage=storage, by=self.author) for name, form in old.items()})
 
     def split(self, parameters: Iterable[str], split: Split) -> Layout:
         """This layout with one dimension of `parameters` spread over ranks."""
@@ -176,7 +189,7 @@ class Layout:
         shape: Sequence[int],
         *,
         init: str = "zeros",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         trainable: bool = True,
         beside: str | None = None,
         dims: Mapping[int, int] | None = None,
@@ -184,18 +197,19 @@ class Layout:
         """Return this layout with a new parameter, which exists as long as a wrapper asks for it.
 
         Its first values are the same on all ranks, and whatever else is on the model. It keeps its values when other
-        wrappers come and go, and is split as the parameter `beside` which it computes.
+        wrappers come and go. Where ranks hold a part of the parameter that it stands beside, they hold that part of
+        it too; where they sum what that one gives, they sum what both give, so that it must be a part of that sum.
 
         Args:
             parameter: its name, which is the name of a module of the model and one more word.
             shape: its whole shape, as one process alone would hold it.
             init: "zeros", "ones", or "kaiming_uniform" (He et al. 2015, as PEFT draws the first matrix of a LoRA pair:
                 uniform within one over the square root of the last dimension).
-            dtype: the dtype of its values.
+            dtype: the dtype of its values; by default that of `beside`, else float32.
             trainable: whether it takes gradients.
             beside: a parameter of the same module, with which it takes part in one computation.
-            dims: which dimension of `beside` runs along which of this one, such as {0: 0} for the outputs of a weight
-                [out, in] and of a second matrix [out, rank].
+            dims: which dimension of `beside` runs along which of this one, {there: here}. Beside a weight [out, in],
+                a first matrix [rank, in] has {1: 1}, for the inputs, and a second one [out, rank] has {0: 0}.
 
         Raises:
             LayoutError: another wrapper brings a parameter of that name.
@@ -208,12 +222,13 @@ class Layout:
         """
         if parameter in self.asked:
             new = self.asked[parameter].new
-            owner = (new.by or "another wrapper") if new else "the model"
+            owner = (self.asked[parameter].by or "another wrapper") if new else "the model"
             raise LayoutError(
                 f"{self.author or 'a wrapper'} adds {parameter}, which {owner} has already. Give it another name."
             )
-        new = New(init, trainable, beside, tuple((dims or {}).items()), self.author)
-        return self._with({parameter: Form(new=new, shape=tuple(shape), dtype=dtype)})
+        new = New(init, trainable, beside, tuple((dims or {}).items()))
+        dtype = dtype or self._asked(beside or "").dtype
+        return self._with({parameter: Form(new=new, shape=tuple(shape), dtype=dtype, by=self.author)})
 
     def over(self, axis: Axis) -> Layout:
         """This layout on the ranks along `axis` too. Raises `LayoutError` if it has another axis of that name."""

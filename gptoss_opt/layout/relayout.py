@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .initial import first_values
-from .layout import Form, Layout
+from .layout import Form, Layout, LayoutError
 from .storage import DENSE, STORAGES, Part, Split, Stored, take
 
 Parameters = Mapping[str, nn.Parameter]
@@ -66,7 +67,10 @@ class Held:
 
     def stands(self, model: nn.Module, parameter: str) -> bool:
         """Whether the model still holds it so, and the user has not changed that since."""
-        module, name = _place(model, parameter)
+        path, _, name = parameter.rpartition(".")
+        module = dict(model.named_modules()).get(path)
+        if module is None:
+            return False
         names, held = self.names(name), module._parameters
         if (name in held) != (name in names) or any(held.get(one) is None for one in names):
             return False
@@ -118,6 +122,9 @@ def dense_layout(model: nn.Module, held: Mapping[str, Held] | None = None) -> La
         held: how its parameters are held now, where they are not plain.
     """
     held = held or {}
+    stored = {
+        name for parameter, how in held.items() if how.form.storage != DENSE.name for name in how.names(parameter)
+    }
     forms = {}
     for parameter in _parameters(model, held):
         how = held.get(parameter, Held(PLAIN))
@@ -127,13 +134,18 @@ def dense_layout(model: nn.Module, held: Mapping[str, Held] | None = None) -> La
             value = model.get_parameter(parameter)
             forms[parameter] = Form(shape=tuple(value.shape), dtype=value.dtype)
         else:
-            forms[parameter] = Form(shape=how.form.shape, dtype=_dtype_of(_place(model, parameter)[0]))
+            forms[parameter] = Form(shape=how.form.shape, dtype=_dtype_of(model, parameter, stored) or how.form.dtype)
     return Layout(forms)
 
 
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's dense parameters: the model may have been cast since others were stored otherwise."""
-    return next(value.dtype for value in module.parameters() if value.is_floating_point())
+def _dtype_of(model: nn.Module, parameter: str, stored: set[str]) -> torch.dtype | None:
+    """The dtype of a parameter's module, else of the model: it may have been cast since the parameter was stored."""
+    path = parameter.rpartition(".")[0]
+    for beside in (model.get_submodule(path).named_parameters(prefix=path), model.named_parameters()):
+        for name, value in beside:
+            if name not in stored and value.is_floating_point():
+                return value.dtype
+    return None
 
 
 @torch.inference_mode(False)
@@ -168,10 +180,11 @@ def relayout(
     if source is not None:
         source.expect({parameter: form for parameter, form in moving.items() if not form.new}, coordinate)
     # A source shows its own progress. A small model is done before the bar would show.
-    bar = tqdm(desc="laying out", total=len(moving), unit="tensor", delay=2, leave=False, disable=source is not None)
-    made: dict[str, tuple[Held, Parameters]] = {}
     # What is encoded needs room meanwhile: if it came between tensors that stay, memory would be full of gaps.
-    for parameter, form in sorted(moving.items(), key=lambda item: item[1].storage == DENSE.name):
+    order = sorted(moving, key=lambda parameter: moving[parameter].storage == DENSE.name)
+    made: dict[str, tuple[Held, Parameters]] = {}
+    for parameter in tqdm(order, "laying out", unit="tensor", delay=2, leave=False, disable=source is not None):
+        form = moving[parameter]
         how = now.get(parameter)
         if how is None:
             stored = _created(model, parameter, form, coordinate)
@@ -181,18 +194,20 @@ def relayout(
         else:
             stored = _changed(model, parameter, how, form, mesh)
         made[parameter] = _made(stored, how, form, mesh)
-        bar.update()
-    bar.close()
     dropped = [parameter for parameter in now if parameter not in wanted]
     done = Relaid({parameter: how for parameter, how in held.items() if parameter not in (*moving, *dropped)})
     places = _places(model)
-    for parameter in (*made, *dropped):
-        how, new = made.get(parameter, (None, {}))
-        _exchange_everywhere(model, parameter, now.get(parameter), new, places, done)
-        if how is not None and (wanted[parameter], mesh) != (PLAIN, None):
-            done.held[parameter] = how
-    for module in done.before:
-        _sort_new(module, {name.rpartition(".")[2] for name in layout.new if _place(model, name)[0] is module})
+    try:
+        for parameter in (*made, *dropped):
+            how, new = made.get(parameter, (None, {}))
+            _exchange_everywhere(model, parameter, now.get(parameter), new, places, done)
+            if how is not None and (wanted[parameter], mesh) != (PLAIN, None):
+                done.held[parameter] = how
+        for module in done.before:
+            _sort_new(module, {name.rpartition(".")[2] for name in layout.new if _place(model, name)[0] is module})
+    except BaseException:
+        done.undo()
+        raise
     return done
 
 
@@ -249,7 +264,7 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def _created(model: nn.Module, parameter: str, form: Form, coordinate: Mapping[str, int]) -> Stored:
     """What this rank is to hold of a parameter that was not there."""
-    beside = next(_place(model, parameter)[0].parameters())
+    beside = next(chain(_place(model, parameter)[0].parameters(), model.parameters()))
     values = first_values(parameter, form, form.index(coordinate))
     return Stored({"": values.to(beside.device)})
 
@@ -263,7 +278,7 @@ def _changed(model: nn.Module, parameter: str, how: Held, form: Form, mesh: Mesh
         local = {suffix: _resliced(tensor, how, form, mesh) for suffix, tensor in local.items()}
     if how.form.storage == form.storage:
         return Stored(local, how.sqnr)
-    return STORAGES[form.storage].encode(STORAGES[how.form.storage].decode(local, _dtype_of(module)))
+    return STORAGES[form.storage].encode(STORAGES[how.form.storage].decode(local, form.dtype))
 
 
 def _resliced(tensor: Tensor, how: Held, form: Form, mesh: Mesh | None) -> Tensor:
@@ -286,5 +301,10 @@ def _made(stored: Stored, how: Held, form: Form, mesh: Mesh | None) -> tuple[Hel
             return mesh.parameter(tensor, splits, requires_grad)
         return nn.Parameter(tensor, requires_grad=requires_grad)
 
+    if set(stored.tensors) != set(STORAGES[form.storage].suffixes):
+        raise LayoutError(
+            f"the storage {form.storage!r} gave tensors {list(stored.tensors)}, and says that its suffixes are "
+            f"{list(STORAGES[form.storage].suffixes)}. Let its encode give one tensor for each."
+        )
     new = {suffix: parameter(tensor) for suffix, tensor in stored.tensors.items()}
     return Held(form, mesh, stored.sqnr, how.requires_grad), new

@@ -52,8 +52,11 @@ class GptOss(Host):
 
     def tell_new(self, parameters: Sequence[str], model: nn.Module, journal: Journal) -> None:
         """Let `save_pretrained` leave out the parameters that wrappers brought."""
-        ignored = {*(getattr(model, IGNORED_ON_SAVE, None) or ()), *parameters}
-        journal.set(model, "", IGNORED_ON_SAVE, ignored)
+        for path, module in model.named_modules():
+            if isinstance(module, PreTrainedModel):
+                inside = {name.removeprefix(f"{path}.") for name in parameters if not path or name.startswith(path)}
+                ignored = {*(getattr(module, IGNORED_ON_SAVE, None) or ()), *inside}
+                journal.set(model, path, IGNORED_ON_SAVE, ignored)
 
 
 def config_of(model: object) -> dict[str, Any]:

@@ -26,7 +26,11 @@ def vocabulary_modules(model: nn.Module) -> list[tuple[str, Any, str]]:
     found = [cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()]
     paths = {module: path for path, module in model.named_modules()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [(paths[one], one, names[id(one._parameters["weight"])]) for one in found if one is not None]
+    return [
+        (paths[one], one, names.get(id(one._parameters.get("weight")), f"{paths[one]}.weight"))
+        for one in found
+        if one is not None
+    ]
 
 
 def decoder_path(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..core import Attachment, Choice, Filler, Host, Phase, Report, Spec, Target, Wrapper, choose, layout_of, mesh_of
 from ..distributed import axis_of, check_axis, why_no_axis
 from ..kernels.experts import DENSE_BACKENDS
-from ..layout import Axis, Layout, Mesh
+from ..layout import Axis, Layout, Mesh, require
 from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
 from ..model.host import GPT_OSS
 from ..parallel import sharded
@@ -72,6 +72,7 @@ class ExpertParallel(Wrapper):
         return sharded.confer(self.mesh, model, stack, problems)
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
+        require(why_no_expert_parallel(model, self.axis.degree, self.placement))
         placements = placements_of(model, self.axis.degree, self.placement)
         return placed_experts_layout(model, layout.over(self.axis), self.axis, placements)
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import Attachment, Filler, Host, Phase, Report, Spec, Target, Wrapper, layout_of, mesh_of
 from ..distributed import axis_of, check_axis, why_no_axis
-from ..layout import Axis, Layout, Mesh
+from ..layout import Axis, Layout, Mesh, require
 from ..model.host import GPT_OSS
 from ..parallel import sharded
 from ..parallel.tensor import (
@@ -58,6 +58,8 @@ class TensorParallel(Wrapper):
         return sharded.confer(self.mesh, model, stack, problems)
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
+        degree = self.axis.degree
+        require(why_no_tensor_parallel(model, degree, experts=self.experts, vocabulary=self.lm_head))
         layout = attention_layout(model, layout.over(self.axis), self.axis)
         if self.experts:
             layout = sliced_experts_layout(model, layout, self.axis)

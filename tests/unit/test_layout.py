@@ -104,7 +104,7 @@ def test_splitting_twice_over_one_axis_names_both(order: int) -> None:
     for author in ("with_one()", "with_other(rank=2)")[::order]:
         layout = replace(layout, author=author).split(["w"], Split(len(author) % 2, "tp", HALVES))
     with pytest.raises(LayoutError) as error:
-        layout.check()
+        layout.form("w")
     assert "with_one()" in str(error.value)
     assert "with_other(rank=2)" in str(error.value)
     assert "both split w over axis 'tp'. Give each its own axis of a mesh" in str(error.value)

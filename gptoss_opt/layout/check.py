@@ -1,0 +1,101 @@
+"""Whether a model can be brought into a layout: what is wrong is found before anything moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from torch import nn
+
+from .initial import INITS
+from .layout import UNKNOWN, Form, Layout, LayoutError, New
+from .relayout import Held
+from .storage import DENSE, STORAGES, Split
+
+
+def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
+    """Raise `LayoutError` unless `model`, whose parameters are `held` now, can be brought into `layout`."""
+    for parameter in layout:
+        form = layout.form(parameter)
+        problems = chain(_wrong_form(parameter, form, layout), _wrong_splits(parameter, form, layout))
+        if form.new and parameter not in held:
+            problems = chain(problems, _wrong_name(parameter, form.new, model))
+        for problem in problems:
+            raise LayoutError(f"{form.by or 'a wrapper'} {problem}")
+
+
+def _wrong_form(parameter: str, form: Form, layout: Layout) -> Iterator[str]:
+    if form.shape == UNKNOWN:
+        yield (
+            f"asks for {parameter}, which is no parameter of this model. See model.named_parameters(): of tied ones it "
+            "has the first name."
+        )
+    elif form.storage not in STORAGES:
+        yield f"stores {parameter} as {form.storage!r}. Known are {', '.join(sorted(STORAGES))}."
+    elif form.new:
+        yield from _wrong_new(parameter, form, form.new, layout)
+
+
+def _wrong_new(parameter: str, form: Form, new: New, layout: Layout) -> Iterator[str]:
+    if form.storage != DENSE.name:
+        yield f"stores {parameter} as {form.storage!r}, but parameters that wrappers bring are dense."
+    if new.init not in INITS:
+        yield f"adds {parameter} with init={new.init!r}. Use {', '.join(INITS)}."
+    if 0 in form.shape or (new.init == "kaiming_uniform" and not form.shape):
+        yield f"adds {parameter} of shape {list(form.shape)}, which init={new.init!r} cannot fill."
+    if new.trainable and not form.dtype.is_floating_point:
+        yield f"adds {parameter} of {form.dtype}, which cannot be trained. Use trainable=False."
+    beside = layout.asked.get(new.beside or "", Form())
+    if new.beside is None:
+        if new.dims:
+            yield f"adds {parameter} with dims, but beside no parameter. Say beside which one."
+    elif beside.shape == UNKNOWN or beside.new:
+        yield f"adds {parameter} beside {new.beside}, which is no parameter of the model's own."
+    elif (off := [pair for pair in new.dims if not _alike(beside, form, *pair)]) or new.beside == parameter:
+        yield (
+            f"adds {parameter} {list(form.shape)} beside {new.beside} {list(beside.shape)} with dims={dict(off)}: "
+            "a dimension there and the one here that runs along it must be of one size."
+        )
+
+
+def _alike(beside: Form, form: Form, there: int, here: int) -> bool:
+    inside = 0 <= there < len(beside.shape) and 0 <= here < len(form.shape)
+    return inside and beside.shape[there] == form.shape[here]
+
+
+def _wrong_splits(parameter: str, form: Form, layout: Layout) -> Iterator[str]:
+    for split in form.splits:
+        degree = next((axis.degree for axis in layout.axes if axis.name == split.axis), None)
+        if degree != len(split.parts):
+            yield (
+                f"splits {parameter} in {len(split.parts)} over axis {split.axis!r}, of {degree or 'no'} ranks. Name "
+                "the axis first: layout.over(Axis(name, degree))."
+            )
+        elif not 0 <= split.dim < len(form.shape) or not _covers(split, form.shape[split.dim]):
+            yield (
+                f"splits dimension {split.dim} of {parameter} {list(form.shape)} in {split.parts}. Give each index to "
+                "one rank."
+            )
+    try:
+        form.stored_splits()
+    except ValueError as error:
+        yield f"splits {parameter}, which is stored as {form.storage!r}: {error}"
+
+
+def _covers(split: Split, size: int) -> bool:
+    """Whether each index of a dimension of this size is in one part."""
+    if all(isinstance(part, range) for part in split.parts):
+        bounds = sorted((part[0], part[-1] + 1) for part in split.parts if part)
+        return split.size == size and [first for first, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
+    return sorted(chain(*split.parts)) == list(range(size))
+
+
+def _wrong_name(parameter: str, new: New, model: nn.Module) -> Iterator[str]:
+    path, _, name = parameter.rpartition(".")
+    module = dict(model.named_modules()).get(path)
+    if module is None:
+        yield f"adds {parameter}, but the model has no module {path}."
+    elif not name.isidentifier() or hasattr(module, name):
+        yield f"adds {parameter}, but {type(module).__name__} has a {name!r} already. Give it another name."
+    elif new.beside and new.beside.rpartition(".")[0] != path:
+        yield f"adds {parameter} beside {new.beside}, which is in another module. Compute it in that one."
