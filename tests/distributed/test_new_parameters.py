@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Shard
 
-from gptoss_opt import compose, gather_state_dict, load, shard_experts, shard_tensor_parallel, with_mxfp4_experts
+from gptoss_opt import (
+    CompatibilityError,
+    compose,
+    gather_state_dict,
+    load,
+    shard_experts,
+    shard_tensor_parallel,
+    undo,
+    with_mxfp4_experts,
+)
 from gptoss_opt.distributed import local as local_shards
+from gptoss_opt.extend import GPT_OSS, Attachment, Host, Layout, Phase, Report, Wrapper, layout_of
 from tests.distributed.models import UNEVEN, whole
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_sharding import on_2d
@@ -93,6 +104,67 @@ def test_logits_and_gradients_are_those_of_one_process(ranks: Ranks, exact: Any,
         assert split["model.layers.0.self_attn.q_proj.low_A"] == []
         assert split["model.layers.0.self_attn.o_proj.low_A"] == [1]
         assert split["model.layers.0.self_attn.o_proj.low_B"] == []
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Shifted(Wrapper):
+    """Adds to the bias of attention's last projection, and to that of the experts'."""
+
+    name: ClassVar[str] = "with_toy_shift"
+    phase: ClassVar[Phase] = Phase.ADAPT
+    host: ClassVar[Host] = GPT_OSS
+
+    def biases(self, model: Any, layout: Layout) -> list[str]:
+        return [name for name in layout if name.endswith(("o_proj.bias", "down_proj_bias"))]
+
+    def layout(self, model: Any, layout: Layout) -> Layout:
+        for bias in self.biases(model, layout):
+            shape = layout.form(bias).shape
+            dims = {dim: dim for dim in range(len(shape))}
+            layout = layout.add(f"{bias}_shift", shape, init="ones", beside=bias, dims=dims)
+        return layout
+
+    def attach(self, model: Any, journal: Attachment) -> Report:
+        for bias in self.biases(model, layout_of(model)):
+            if bias.endswith("o_proj.bias"):
+                journal.around(model, bias.removesuffix(".bias"), shifted, None)
+        return Report(("biases: a shift beside each",))
+
+
+def shifted(_: None, module: Any, inner: Any, x: Tensor) -> Tensor:
+    return inner(x) + module.bias_shift
+
+
+def shifted_and_sharded(name: str) -> dict[str, Any]:
+    model = SHARDS[name](Shifted()(uneven()))
+    logits, gradients = measured(model)
+    return {"logits": logits, "gradients": whole(gradients, model)}
+
+
+@pytest.mark.parametrize("name", ["tensor parallel", "both", "two axes"])
+def test_what_is_added_once_stays_so(ranks: Ranks, name: str) -> None:
+    logits, gradients = measured(Shifted()(uneven()))
+    assert relative(logits, measured(uneven())[0]) > 1e-2
+    found = ranks(shifted_and_sharded, name)
+    for one in found:
+        assert relative(one["logits"], logits) < 1e-5
+    for key, gradient in gradients.items():
+        assert relative(found[0]["gradients"][key], gradient) < 1e-5, key
+
+
+def other_layouts() -> str:
+    model = compose(LowRank(), Shifted(), shard_tensor_parallel())(uneven())
+    try:
+        undo(model, LowRank() if distributed.get_rank() == 0 else Shifted())
+    except CompatibilityError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_agree_on_what_is_taken_off(ranks: Ranks) -> None:
+    for told in ranks(other_layouts):
+        assert "with_toy_shift, shard_tensor_parallel" in told
+        assert "with_toy_low_rank, shard_tensor_parallel" in told
 
 
 def without_the_sum(name: str) -> dict[str, Tensor]:
