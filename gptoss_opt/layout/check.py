@@ -15,13 +15,17 @@ from .storage import DENSE, STORAGES, Split
 
 def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
     """Raise `LayoutError` unless `model`, whose parameters are `held` now, can be brought into `layout`."""
+    of_tensor: dict[str, str] = {}
     for parameter in layout:
         form = layout.form(parameter)
         problems = chain(_wrong_form(parameter, form, layout), _wrong_splits(parameter, form, layout))
         if form.new and parameter not in held:
             problems = chain(problems, _wrong_name(parameter, form.new, model))
         for problem in problems:
-            raise LayoutError(f"{form.by or 'a wrapper'} {problem}")
+            raise LayoutError(f"{form.by or next((one.by for one in form.splits), '') or 'a wrapper'} {problem}")
+        for tensor in Held(form).names(parameter):
+            if (other := of_tensor.setdefault(tensor, parameter)) != parameter:
+                raise LayoutError(f"{other} and {parameter} are both held as {tensor}. Give the new one another name.")
 
 
 def _wrong_form(parameter: str, form: Form, layout: Layout) -> Iterator[str]:

@@ -221,8 +221,8 @@ class Layout:
             {0: range(4, 8)}
         """
         if parameter in self.asked:
-            new = self.asked[parameter].new
-            owner = (self.asked[parameter].by or "another wrapper") if new else "the model"
+            there = self.asked[parameter]
+            owner = (there.by or "another wrapper") if there.new or there.shape == UNKNOWN else "the model"
             raise LayoutError(
                 f"{self.author or 'a wrapper'} adds {parameter}, which {owner} has already. Give it another name."
             )

@@ -36,8 +36,9 @@ class Vocabulary:
 
 def vocabulary_layout(model: nn.Module, layout: Layout, axis: Axis) -> Layout:
     """`layout` with embedding and head spread over an axis."""
-    sizes = {name: module.weight.shape[0] for _, module, name in vocabulary_modules(model)}  # one, if they are tied
-    for name, size in sizes.items():
+    modules = {name: module for _, module, name in vocabulary_modules(model)}  # one, if they are tied
+    for name, module in modules.items():
+        size = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
         layout = spread(layout, [name], 0, size, axis)
     return layout
 

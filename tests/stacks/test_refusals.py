@@ -44,6 +44,7 @@ from tests.stacks.low_rank import LowRank, low_rank_parameters
 
 ATTENTION = "model.layers.0.self_attn"
 WEIGHT = f"{ATTENTION}.o_proj.weight"  # [64, 64]
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
 NEW = f"{ATTENTION}.o_proj.delta"
 Ask = Callable[[Layout], Layout]
 
@@ -102,6 +103,10 @@ WRONG: dict[str, tuple[Ask, str]] = {
     "dims here": (adding(beside=WEIGHT, dims={0: 1}), "of one size"),
     "dims of two sizes": (adding(shape=(65,), beside=WEIGHT, dims={0: 0}), "of one size"),
     "stored new": (lambda layout: adding()(layout).store([NEW], "mxfp4"), "are dense"),
+    "a packed tensor's name": (
+        lambda layout: layout.store([EXPERTS], "mxfp4").add(f"{EXPERTS}_blocks", (2,)),
+        f"are both held as {EXPERTS}_blocks",
+    ),
     "overlapping parts": (splitting(range(33), range(32, 64)), "Give each index to one rank"),
     "missing indices": (splitting(range(31), range(32, 64)), "Give each index to one rank"),
     "no such dimension": (splitting(range(32), range(32, 64), dim=2), "Give each index to one rank"),
@@ -144,7 +149,7 @@ class Halves(Wrapper):
     host: ClassVar[Host] = GPT_OSS
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
-        return layout.store(["model.layers.0.mlp.experts.down_proj"], "half")
+        return layout.store([EXPERTS], "half")
 
 
 def test_two_storages_of_one_parameter_are_refused() -> None:
@@ -222,6 +227,13 @@ def test_a_wrapper_that_cannot_attach_again_stays_on(monkeypatch: pytest.MonkeyP
     assert stack_of(model) == compose(Flaky())
     assert all("by you since" not in line for row in explain(model).rows for line in row.changed)
     assert not low_rank_parameters(undo(model))
+
+
+def test_nothing_is_packed_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = GptOssForCausalLM(GptOssConfig(num_hidden_layers=1, num_local_experts=4))
+    with pytest.raises(CompatibilityError, match="on the meta device"):
+        with_mxfp4_experts(model)
 
 
 def test_layouts_of_what_cannot_be_are_refused() -> None:
