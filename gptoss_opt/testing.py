@@ -146,7 +146,6 @@ def shard_specs(size: Size, layers: int) -> Iterator[dict[str, TensorSpec]]:
 
 
 def _config(size: Size, layers: int) -> dict[str, Any]:
-    """config.json, with the keys of the released checkpoints."""
     return {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",

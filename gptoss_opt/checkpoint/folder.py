@@ -96,7 +96,6 @@ class Checkpoint:
 
 
 def _folder(path_or_id: str | os.PathLike[str], revision: str | None) -> Path:
-    """The local folder, or the one in the hub's cache."""
     name = os.fspath(path_or_id)
     if os.path.isdir(name):
         return Path(name)
@@ -128,7 +127,6 @@ def _folder(path_or_id: str | os.PathLike[str], revision: str | None) -> Path:
 
 
 def _line(error: Exception) -> str:
-    """An error on one line, without a last full stop."""
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
 
 

@@ -82,7 +82,6 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
 
 
 def _usable(device: torch.device | str | int) -> torch.device:
-    """The device, where tensors can be made."""
     try:
         return torch.empty((), device=device).device
     except (AssertionError, RuntimeError) as error:

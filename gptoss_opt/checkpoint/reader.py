@@ -230,7 +230,6 @@ def read_tensor(
 
 
 def _bounds(info: TensorInfo, index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-    """Start and stop of every dimension, within it."""
     if len(index) > len(info.shape):
         raise ValueError(f"{info}: {len(index)} slices for shape {list(info.shape)}. Give one per dimension or fewer.")
     bounds = []

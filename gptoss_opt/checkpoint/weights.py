@@ -97,7 +97,6 @@ class Weights:
 
 
 def _parts(info: TensorInfo, index: Index) -> list[Part]:
-    """What a slice holds of each dimension."""
     return [index.get(dim, range(size)) for dim, size in enumerate(info.shape)]
 
 
@@ -123,7 +122,6 @@ class InFile:
 
 
 def _needed(name: str, parameter: Tensor, packed: bool) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """The tensors that hold a parameter: key, shape and kind."""
     if not packed:
         yield name, tuple(parameter.shape), "floating point"
         return

@@ -126,7 +126,6 @@ def _detach_from(model: nn.Module, record: Record, number: int) -> list[tuple[Jo
 
 
 def _attach_all(model: nn.Module, record: Record, target: Resolved, states: Mapping[Spec, Any]) -> None:
-    """Attach the wrappers of `target` behind those that are on the model."""
     held = holders(working(target.wrappers))
     for wrapper in target.wrappers[len(record.applied) :]:
         holder = stands_by_for(wrapper, target.wrappers)

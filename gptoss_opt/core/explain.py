@@ -24,10 +24,6 @@ class Row:
     backend: str
     rejected: tuple[tuple[str, str], ...]
 
-    def cells(self) -> tuple[tuple[str, ...], ...]:
-        """The four cells of the table, each a tuple of paragraphs."""
-        return (self.wrapper,), self.changed, (self.backend,), tuple(f"{name}: {why}" for name, why in self.rejected)
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -39,7 +35,9 @@ class Explanation:
     @property
     def table(self) -> Table:
         """The rows as a table, each wrapped to `WIDTHS`."""
-        return Table(HEADINGS, [row.cells() for row in self.rows], WIDTHS)
+        others = [tuple(f"{name}: {why}" for name, why in row.rejected) for row in self.rows]
+        cells = [(row.wrapper, row.changed, row.backend, why) for row, why in zip(self.rows, others, strict=True)]
+        return Table(HEADINGS, cells, WIDTHS)
 
     def __str__(self) -> str:
         return f"{self.title}\n{self.table}" if self.rows else self.title

@@ -114,7 +114,9 @@ def _from_json(name: str, options: dict[str, Any]) -> Any:
 
 
 def _belongs_to_this_run(value: object) -> Any:
-    raise TypeError(f"{value!r} is none of JSON's values. Give numbers, strings or tuples; `degree`, not a mesh.")
+    raise TypeError(
+        f"{value!r} belongs to this run, and JSON cannot hold it. Give the wrapper `degree` instead of a mesh."
+    )
 
 
 def _from_lists(value: Any) -> Any:

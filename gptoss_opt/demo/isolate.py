@@ -50,7 +50,6 @@ def _begin(measure: Callable[..., Iterator[Step]], *args: Any) -> None:
 
 
 def _next() -> list[Step]:
-    """The next step, or nothing after the last."""
     return list(islice(_steps, 1))
 
 

@@ -114,7 +114,6 @@ def check_model(path: str, max_length: int, ranks: int | None) -> bool:
 
 
 def _possible(comparisons: Sequence[Comparison], packed: bool, ranks: int | None) -> Iterator[Comparison]:
-    """The comparisons that can be made, with the cases that can be held to the first."""
     for comparison in comparisons:
         # To pack dense weights is lossy.
         cases = tuple(case for case in comparison.cases if packed or case.wrap != with_mxfp4_experts())
@@ -123,7 +122,6 @@ def _possible(comparisons: Sequence[Comparison], packed: bool, ranks: int | None
 
 
 def _outcomes(comparison: Comparison, settings: Settings, isolated: bool, bar: Any) -> Iterator[Outcome]:
-    """Run the cases of one comparison, and show on the bar how that goes."""
     isolated = isolated and not comparison.on_ranks
     for _, cases in groupby(comparison.cases, lambda case: case.wrap):
         with explained(settings.path):

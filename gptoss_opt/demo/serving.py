@@ -41,7 +41,6 @@ def measure_serving(cases: Sequence[Case], settings: Settings) -> Iterator[Step]
 
 
 def _by_generate(model: Any, limits: list[int]) -> Served:
-    """Complete all prompts in one padded batch, until the longest is done."""
     prompts = random_prompts(model.config.vocab_size, seed=0)
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
@@ -60,7 +59,6 @@ def _by_generate(model: Any, limits: list[int]) -> Served:
 
 
 def _by_batcher(model: Any, limits: list[int], label: str) -> Generator[str, None, Served]:
-    """Complete the prompts beside each other, each until it is done, and tell how fast that goes."""
     vocabulary = model.config.vocab_size
     batcher = ContinuousBatcher(model, max_num_sequences=NUM_PROMPTS)
 

@@ -44,7 +44,6 @@ def _at_length(length: int, model: Any, memory: PeakMemory, label: str, settings
 
 
 def _generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[Tensor, float]:
-    """The greedy tokens [new_tokens], and the seconds they took."""
     start = _now(model)
     tokens = greedy(model, prompt, new_tokens)
     return tokens[0, prompt.shape[1] :].cpu(), _now(model) - start

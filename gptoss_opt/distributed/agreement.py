@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from torch import distributed
@@ -63,8 +62,8 @@ def _meet(store: Any, rank: int, ranks: tuple[int, ...], mine: str) -> dict[int,
         store.set(keys[rank], GONE)
         missing = [str(other) for other, key in keys.items() if not store.check([key])]
         raise TimeoutError(
-            f"rank {rank} waited {_seconds(store.timeout)} for rank {', '.join(missing)}, which did not wrap its model "
-            "as well. Every rank must apply the same wrappers in the same order; see whether that rank has died."
+            f"rank {rank} waited {store.timeout.total_seconds():g} s for rank {', '.join(missing)}, which did not wrap its "
+            "model as well. Every rank must apply the same wrappers in the same order; see whether that rank has died."
         ) from error
     return {other: json.loads(store.get(key)) for other, key in keys.items()}
 
@@ -80,7 +79,3 @@ def _differences(said: Mapping[int, Mapping[str, str]]) -> Iterator[str]:
         yield f"the ranks disagree on {what}: {each}. Give all ranks the same."
     if len(differ) > MAX_SHOWN:
         yield f"and on {len(differ) - MAX_SHOWN} more, such as {differ[MAX_SHOWN]}."
-
-
-def _seconds(time: timedelta) -> str:
-    return f"{time.total_seconds():g} s"

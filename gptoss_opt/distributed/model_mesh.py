@@ -191,7 +191,6 @@ class Region:
 
 
 def _shapes(local: Tensor, split: Split) -> list[list[int]]:
-    """The shape of each rank's part of a tensor."""
     return [[len(part) if dim == split.dim else size for dim, size in enumerate(local.shape)] for part in split.parts]
 
 

@@ -30,10 +30,7 @@ def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
 
 def _wrong_form(parameter: str, form: Form, layout: Layout) -> Iterator[str]:
     if form.shape == UNKNOWN:
-        yield (
-            f"asks for {parameter}, which is no parameter of this model. See model.named_parameters(): of tied ones it "
-            "has the first name."
-        )
+        yield f"asks for {parameter}, which model.named_parameters() does not have. Of tied ones use the first name."
     elif form.storage not in STORAGES:
         yield f"stores {parameter} as {form.storage!r}. Known are {', '.join(sorted(STORAGES))}."
     elif form.new:
@@ -56,10 +53,8 @@ def _wrong_new(parameter: str, form: Form, new: New, layout: Layout) -> Iterator
     elif beside.shape == UNKNOWN or beside.new:
         yield f"adds {parameter} beside {new.beside}, which is no parameter of the model's own."
     elif (off := [pair for pair in new.dims if not _alike(beside, form, *pair)]) or new.beside == parameter:
-        yield (
-            f"adds {parameter} {list(form.shape)} beside {new.beside} {list(beside.shape)} with dims={dict(off)}: "
-            "a dimension there and the one here that runs along it must be of one size."
-        )
+        sizes = f"{list(form.shape)} and {list(beside.shape)}"
+        yield f"adds {parameter} beside {new.beside}, of {sizes}, where dims={dict(off)} must pair what is of one size."
 
 
 def _alike(beside: Form, form: Form, there: int, here: int) -> bool:
@@ -71,15 +66,10 @@ def _wrong_splits(parameter: str, form: Form, layout: Layout) -> Iterator[str]:
     for split in form.splits:
         degree = next((axis.degree for axis in layout.axes if axis.name == split.axis), None)
         if degree != len(split.parts):
-            yield (
-                f"splits {parameter} in {len(split.parts)} over axis {split.axis!r}, of {degree or 'no'} ranks. Name "
-                "the axis first: layout.over(Axis(name, degree))."
-            )
+            count = f"{len(split.parts)} parts over axis {split.axis!r} of {degree or 'no'} ranks"
+            yield f"splits {parameter} in {count}. Name the axis first: layout.over(Axis(name, degree))."
         elif not 0 <= split.dim < len(form.shape) or not _covers(split, form.shape[split.dim]):
-            yield (
-                f"splits dimension {split.dim} of {parameter} {list(form.shape)} in {split.parts}. Give each index to "
-                "one rank."
-            )
+            yield f"splits dim {split.dim} of {parameter} {list(form.shape)}. Give each index to one rank."
     try:
         form.stored_splits()
     except ValueError as error:
@@ -87,7 +77,6 @@ def _wrong_splits(parameter: str, form: Form, layout: Layout) -> Iterator[str]:
 
 
 def _covers(split: Split, size: int) -> bool:
-    """Whether each index of a dimension of this size is in one part."""
     if all(isinstance(part, range) for part in split.parts):
         bounds = sorted((part[0], part[-1] + 1) for part in split.parts if part)
         return split.size == size and [first for first, _ in bounds] == [0, *(end for _, end in bounds[:-1])]

@@ -150,10 +150,6 @@ class Layout:
         """The parameters that wrappers brought."""
         return [name for name, form in self.asked.items() if form.new]
 
-    def num_bytes(self, coordinate: Mapping[str, int]) -> int:
-        """The bytes of all parameters that the rank at a coordinate (by axis) holds."""
-        return sum(self.form(parameter).num_bytes(coordinate) for parameter in self)
-
     def max_bytes(self) -> int:
         """The bytes of all parameters on the fullest rank."""
         forms = [self.form(parameter) for parameter in self]

@@ -234,7 +234,6 @@ def _exchange_everywhere(
 
 
 def _sort_new(module: nn.Module, new: set[str]) -> None:
-    """Put the new parameters of a module last, by name, whichever came first."""
     for name in sorted(new):
         module._parameters[name] = module._parameters.pop(name)
 
@@ -246,7 +245,6 @@ def _parameters(model: nn.Module, held: Mapping[str, Held]) -> Iterator[str]:
 
 
 def _now(model: nn.Module, parameter: str, how: Held | None) -> Held:
-    """How a parameter is held; the user may have frozen it since."""
     how = how or Held(PLAIN)
     if how.form.storage != DENSE.name:
         return how
@@ -254,7 +252,6 @@ def _now(model: nn.Module, parameter: str, how: Held | None) -> Held:
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each parameter object is: in which modules, under which names."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -263,7 +260,6 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def _created(model: nn.Module, parameter: str, form: Form, coordinate: Mapping[str, int]) -> Stored:
-    """What this rank is to hold of a parameter that was not there."""
     beside = next(chain(_place(model, parameter)[0].parameters(), model.parameters()))
     values = first_values(parameter, form, form.index(coordinate))
     return Stored({"": values.to(beside.device)})
@@ -282,7 +278,6 @@ def _changed(model: nn.Module, parameter: str, how: Held, form: Form, mesh: Mesh
 
 
 def _resliced(tensor: Tensor, how: Held, form: Form, mesh: Mesh | None) -> Tensor:
-    """A stored tensor, of which this rank is to hold another slice."""
     if how.mesh is not None and how.form.splits:
         tensor = how.mesh.whole(tensor, how.form.stored_splits())
     if mesh is None or not form.splits:
@@ -301,10 +296,10 @@ def _made(stored: Stored, how: Held, form: Form, mesh: Mesh | None) -> tuple[Hel
             return mesh.parameter(tensor, splits, requires_grad)
         return nn.Parameter(tensor, requires_grad=requires_grad)
 
-    if set(stored.tensors) != set(STORAGES[form.storage].suffixes):
+    suffixes = STORAGES[form.storage].suffixes
+    if set(stored.tensors) != set(suffixes):
         raise LayoutError(
-            f"the storage {form.storage!r} gave tensors {list(stored.tensors)}, and says that its suffixes are "
-            f"{list(STORAGES[form.storage].suffixes)}. Let its encode give one tensor for each."
+            f"storage {form.storage!r} says that its suffixes are {suffixes}, and gave {[*stored.tensors]}."
         )
     new = {suffix: parameter(tensor) for suffix, tensor in stored.tensors.items()}
     return Held(form, mesh, stored.sqnr, how.requires_grad), new

@@ -251,7 +251,6 @@ def attention_forward(
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at: not while tracing, and not if it has none."""
     return not torch.compiler.is_compiling() and not tensor.is_meta
 
 

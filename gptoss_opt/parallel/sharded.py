@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed, nn
@@ -12,43 +13,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint.save import save_pretrained
-from ..core import Attachment, Filler, Spec, layout_of, mesh_of
-from ..distributed import ModelMesh, Rule, bound_axis, disagreements, ranks_of, with_local_parameters
-from ..layout import Layout, Mesh
-from ..model.host import config_of
+from ..core import Attachment, Filler, Host, Phase, Spec, Wrapper, layout_of, mesh_of
+from ..distributed import (
+    ModelMesh,
+    Rule,
+    axis_of,
+    bound_axis,
+    check_axis,
+    disagreements,
+    ranks_of,
+    why_no_axis,
+    with_local_parameters,
+)
+from ..layout import Axis, Layout, Mesh, require
+from ..model.host import GPT_OSS, config_of
 from .trainer import tell_trainer
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model is."""
     return next(model.parameters()).device
-
-
-def bind(
-    model: nn.Module, bound: Mesh | None, mesh: DeviceMesh | None, degree: int | None, *, own_tokens: bool = False
-) -> ModelMesh:
-    """The ranks that hold the model together: those bound already, and those along one more axis."""
-    axis = bound_axis(mesh, degree, device_of(model))
-    first = bound if isinstance(bound, ModelMesh) else ModelMesh(axis)
-    return first.joined(axis, own_tokens=own_tokens)
-
-
-def confer(
-    mesh: DeviceMesh | None, model: nn.Module | None, stack: Sequence[Spec], problems: Sequence[str]
-) -> list[str] | None:
-    """What other ranks have against wrapping their model so, or have otherwise; None if there are no others."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return None
-    parameters = model.named_parameters() if model is not None else ()
-    statement = {
-        "the wrappers": ", ".join(wrapper.name for wrapper in stack),
-        **{f"{key} of {wrapper.name}": _told(value) for wrapper in stack for key, value in wrapper.options().items()},
-        "the model": type(model).__name__,
-        **{f"config.{key}": repr(value) for key, value in config_of(model).items()},
-        **{f"parameter {name}": _described(parameter) for name, parameter in parameters},
-    }
-    ranks = ranks_of(mesh)
-    return disagreements(statement, problems, ranks) if distributed.get_rank() in ranks else []
 
 
 def _described(parameter: torch.Tensor) -> str:
@@ -104,7 +88,7 @@ def share_random_numbers(model: nn.Module, journal: Attachment) -> None:
         journal.set(model, "", "generate", partial(generate, mesh_of(model), model))
 
 
-DEFAULTS: Mapping[str, Filler] = {
+DEFAULTS: dict[str, Filler] = {
     "the parameters that modules compute with": compute_locally,
     "generating": share_random_numbers,
     "saving": lambda model, journal: journal.set(model, "", "save_pretrained", partial(save_pretrained, model)),
@@ -128,3 +112,66 @@ def generate(mesh: ModelMesh, model: Any, *args: Any, **kwargs: Any) -> Any:
         # A rank that is done with its own sequences still has experts of the others'.
         kwargs.setdefault("synced_gpus", True)
     return type(model).generate(model, *args, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Sharding(Wrapper):
+    """Base of the wrappers that spread a model over the ranks along an axis: of a mesh, or as many as `degree` says."""
+
+    mesh: DeviceMesh | None = None
+    degree: int | None = None
+
+    phase: ClassVar[Phase] = Phase.PARALLEL
+    host: ClassVar[Host] = GPT_OSS
+    defaults: ClassVar[Mapping[str, Filler]] = DEFAULTS
+    provides: ClassVar[tuple[str, ...]] = ("shards",)
+    reversible: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_axis(self.mesh, self.degree, self.name)
+
+    @property
+    def own_tokens(self) -> bool:
+        """Whether each rank has tokens of its own."""
+        return False
+
+    @property
+    def axis(self) -> Axis:
+        """The axis over which the model is spread."""
+        return axis_of(self.mesh, self.degree, data_parallel=self.own_tokens)
+
+    def why_not(self, model: nn.Module) -> Iterable[str]:
+        """What stands in the way of spreading this model over as many ranks, as sentences."""
+        raise NotImplementedError
+
+    def spread(self, model: nn.Module, layout: Layout) -> Layout:
+        """`layout` with the model spread over the axis."""
+        raise NotImplementedError
+
+    def check(self, model: nn.Module) -> Iterable[str]:
+        if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
+            return [problem]
+        return [*why_held_otherwise(model), *self.why_not(model)]
+
+    def confer(self, model: nn.Module | None, stack: Sequence[Spec], problems: Sequence[str]) -> list[str] | None:
+        if not distributed.is_available() or not distributed.is_initialized():
+            return None
+        options = [(f"{key} of {one.name}", value) for one in stack for key, value in one.options().items()]
+        statement = {
+            "the wrappers": ", ".join(one.name for one in stack),
+            **{key: _told(value) for key, value in options},
+            "the model": type(model).__name__,
+            **{f"config.{key}": repr(value) for key, value in config_of(model).items()},
+            **{f"parameter {name}": _described(one) for name, one in (model.named_parameters() if model else ())},
+        }
+        ranks = ranks_of(self.mesh)
+        return disagreements(statement, problems, ranks) if distributed.get_rank() in ranks else []
+
+    def layout(self, model: nn.Module, layout: Layout) -> Layout:
+        require(self.why_not(model))
+        return self.spread(model, layout.over(self.axis))
+
+    def bind(self, model: nn.Module, mesh: Mesh | None) -> ModelMesh:
+        axis = bound_axis(self.mesh, self.degree, device_of(model))
+        first = mesh if isinstance(mesh, ModelMesh) else ModelMesh(axis)
+        return first.joined(axis, own_tokens=self.own_tokens)

@@ -241,7 +241,6 @@ class ContinuousBatcher:
             return [ValueError(f"prompt {number}: {error}")] * (max(1, several) if isinstance(several, int) else 1)
 
     def _complete(self, requests: Sequence[Request], progress: bool) -> None:
-        """Wait until all requests are done, with a bar that counts them."""
         going, counts = list(requests), self._stepper.engine.counts
         try:
             self._stepper.send(requests)
@@ -262,7 +261,6 @@ FOLLOWS = "this rank follows the first, which schedules: submit there."
 
 
 def _check(max_num_sequences: Any, max_batch_tokens: Any, kv_memory: Any, page_size: Any) -> None:
-    """Raise `ValueError` for options that make no sense."""
     for name, value, extra in (
         ("max_num_sequences", max_num_sequences, ""),
         ("max_batch_tokens", max_batch_tokens, ""),

@@ -181,7 +181,6 @@ class Cache:
         sequence.block_tables, sequence.num_remembered, sequence.num_computed = [], [], 0
 
     def _release(self, table: list[int], end: int) -> None:
-        """Take the first `end` pages of a sequence's table back."""
         # From the last: the beginning of a text is what others share, and goes last.
         for n in range(min(end, len(table)) - 1, -1, -1):
             if table[n] == NOWHERE:
@@ -198,7 +197,6 @@ class Cache:
         return all(page is not None for page in pages[begin:end])
 
     def _digests(self, sequence: SequenceState, num_pages: int) -> list[bytes]:
-        """For each of the first `num_pages` pages, a digest of all tokens up to its end."""
         known = sequence.digests
         for n in range(len(known), num_pages):
             tokens = array("q", sequence.tokens[n * self.page_size : (n + 1) * self.page_size])

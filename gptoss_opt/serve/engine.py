@@ -149,7 +149,6 @@ class Engine:
         return Draw(request.options, request.completion, sequence.tokens, len(request.tokens))
 
     def _take(self, sequence: SequenceState, drawn: Drawn) -> None:
-        """Append a token to a sequence, and end its request if that was the last, or if there is none."""
         request = self.requests[sequence]
         if drawn.token is None:
             message = (
@@ -174,7 +173,6 @@ class Engine:
             self.counts.first.append(request.times[-1] - request.submitted)
 
     def _reason_to_stop(self, request: Request, token: int) -> str | None:
-        """Why `token` is the last one of a request, or None."""
         options, decode = request.options, request.decode
         if token in options.stop_token_ids:
             return "stop"
@@ -183,20 +181,17 @@ class Engine:
         return "length" if len(request.tokens) + 1 == options.max_new_tokens else None
 
     def _end(self, sequence: SequenceState, reason: str, error: BaseException | None = None) -> None:
-        """End a request before its last token."""
         request = self.requests[sequence]
         self._forget(sequence)
         request.end(reason, error)
 
     def _forget(self, sequence: SequenceState) -> None:
-        """Take a sequence and its request out."""
         del self.requests[sequence]
         self.scheduler.remove(sequence)
         self.counts.finished += 1
 
 
 def _holds_at_the_end(strings: tuple[str, ...], tokens: list[int], decode: Decode) -> bool:
-    """Whether the text of the last tokens holds one of some strings."""
     # As a rule a token is a byte of text at least; those that are none must not push the beginning out of sight.
     longest = count = max(len(one.encode()) for one in strings) + 1
     while len(text := decode(tokens[-count:])) < longest and count < len(tokens):

@@ -75,7 +75,6 @@ ROWS = {"pages": NOWHERE, "places": 0, "context_starts": 0, "context_lens": 1}
 
 
 def _padding(like: Inputs, num_rows: int, width: int) -> Inputs:
-    """Inputs in which every row is padding."""
     tokens = like.tokens.new_zeros(num_rows)
     paged = {}
     for kind, one in like.paged.items():
@@ -86,7 +85,6 @@ def _padding(like: Inputs, num_rows: int, width: int) -> Inputs:
 
 
 def _fill(buffers: Inputs, inputs: Inputs) -> None:
-    """Put inputs into the first rows of buffers, and padding into the others."""
     pairs = [(buffers.tokens, inputs.tokens, 0), (buffers.positions, inputs.positions, 0)]
     for kind, one in inputs.paged.items():
         to = buffers.paged[kind]

@@ -171,7 +171,6 @@ class Options:
 
 
 def _check(said: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for fields that are not implemented, and for those that are no number or out of range."""
     if refused := [name for name in said if name not in RANGES and not _implemented(name, said[name])]:
         values = ", ".join(f"{name}={said[name]!r}" for name in refused)
         raise ValueError(f"ContinuousBatcher does not implement {values}. Leave it out, or use model.generate.")
@@ -186,7 +185,6 @@ def _check(said: Mapping[str, Any]) -> None:
 
 
 def _as_number(value: Any) -> float | int:
-    """A number of any kind as an int or a float; infinite where it is too large for a float."""
     try:
         return int(value) if isinstance(value, Integral) and abs(int(value)) < 2**63 else float(value)
     except OverflowError:
@@ -194,7 +192,6 @@ def _as_number(value: Any) -> float | int:
 
 
 def _said(config: GenerationConfig | None) -> dict[str, Any]:
-    """The fields of a config that are set."""
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):

@@ -67,7 +67,6 @@ class RequestBuilder:
         return requests
 
     def _ids(self, prompt: Any) -> list[int]:
-        """The token ids of a prompt. Raises `ValueError` if it is none, is empty, or holds ids the model lacks."""
         if hasattr(prompt, "tolist"):  # a tensor, or an array
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not all(map(is_id, prompt)):

@@ -94,7 +94,6 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
 
 
 def _plain(one: Draw) -> bool:
-    """Whether a draw takes the likeliest token by the logits as they are."""
     sampling, min_new_tokens = one.options.sampling, one.options.min_new_tokens
     return sampling.temperature is None and sampling.repetition_penalty is None and one.num_generated >= min_new_tokens
 

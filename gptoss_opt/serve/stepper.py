@@ -181,7 +181,6 @@ class Stepper:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """End all requests with an error, and take no more. Waits for a step that is being made."""
         with self._news:
             self.closed = self.closed or error
             arrived, self._inbox = self._inbox, []

@@ -9,38 +9,30 @@ from typing import Any, ClassVar, overload
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import Attachment, Choice, Filler, Host, Phase, Report, Spec, Target, Wrapper, choose, layout_of, mesh_of
-from ..distributed import axis_of, check_axis, why_no_axis
+from ..core import Attachment, Choice, Filler, Report, Target, choose, layout_of, mesh_of
 from ..kernels.experts import DENSE_BACKENDS
-from ..layout import Axis, Layout, Mesh, require
+from ..layout import Layout
 from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
-from ..model.host import GPT_OSS
-from ..parallel import sharded
 from ..parallel.dispatch import ExpertPlacement
 from ..parallel.experts import attach_placed_experts, placed_experts_layout, placements_of, why_no_expert_parallel
+from ..parallel.sharded import DEFAULTS, Sharding
 
 DISPATCHES = ("all_reduce", "all_to_all")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ExpertParallel(Wrapper):
+class ExpertParallel(Sharding):
     """What `shard_experts` builds. Options: `mesh`, `degree`, `dispatch`, `placement`."""
 
-    mesh: DeviceMesh | None = None
-    degree: int | None = None
     dispatch: str = "all_reduce"
     placement: str | tuple[ExpertPlacement, ...] = "contiguous"
 
     name: ClassVar[str] = "shard_experts"
-    phase: ClassVar[Phase] = Phase.PARALLEL
-    host: ClassVar[Host] = GPT_OSS
     # transformers' own computation of the experts knows of none that are elsewhere.
-    defaults: ClassVar[Mapping[str, Filler]] = {**sharded.DEFAULTS, EXPERTS: fill_experts}
-    provides: ClassVar[tuple[str, ...]] = ("shards",)
-    reversible: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Filler]] = {**DEFAULTS, EXPERTS: fill_experts}
 
     def __post_init__(self) -> None:
-        check_axis(self.mesh, self.degree, self.name)
+        Sharding.__post_init__(self)
         if self.dispatch not in DISPATCHES:
             raise ValueError(
                 f"{self.name}: dispatch is {self.dispatch!r}. Use one of {', '.join(map(repr, DISPATCHES))}."
@@ -52,32 +44,18 @@ class ExpertParallel(Wrapper):
             )
 
     @property
-    def axis(self) -> Axis:
-        """The axis over which the experts are spread."""
-        return axis_of(self.mesh, self.degree, data_parallel=self.dispatch == "all_to_all")
+    def own_tokens(self) -> bool:
+        return self.dispatch == "all_to_all"
 
-    def check(self, model: nn.Module) -> Iterable[str]:
-        if problem := why_no_axis(self.mesh, self.degree, sharded.device_of(model)):
-            return [problem]
-        return [
-            *sharded.why_held_otherwise(model),
-            *why_no_experts(model),
-            *why_no_expert_parallel(model, self.axis.degree, self.placement),
-        ]
+    def why_not(self, model: nn.Module) -> Iterable[str]:
+        return *why_no_experts(model), *why_no_expert_parallel(model, self.axis.degree, self.placement)
 
     def choice(self, model: nn.Module) -> Choice:
         return choose(DENSE_BACKENDS, experts_request(model), "auto", self.name)
 
-    def confer(self, model: nn.Module | None, stack: Sequence[Spec], problems: Sequence[str]) -> list[str] | None:
-        return sharded.confer(self.mesh, model, stack, problems)
-
-    def layout(self, model: nn.Module, layout: Layout) -> Layout:
-        require(why_no_expert_parallel(model, self.axis.degree, self.placement))
+    def spread(self, model: nn.Module, layout: Layout) -> Layout:
         placements = placements_of(model, self.axis.degree, self.placement)
-        return placed_experts_layout(model, layout.over(self.axis), self.axis, placements)
-
-    def bind(self, model: nn.Module, mesh: Mesh | None) -> Mesh:
-        return sharded.bind(model, mesh, self.mesh, self.degree, own_tokens=self.axis.data_parallel)
+        return placed_experts_layout(model, layout, self.axis, placements)
 
     def attach(self, model: nn.Module, journal: Attachment) -> Report:
         mesh, axis = mesh_of(model), self.axis.name

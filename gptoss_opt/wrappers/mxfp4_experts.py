@@ -58,7 +58,6 @@ class Mxfp4Experts(Wrapper):
 
 
 def _packing(held: dict[str, Held]) -> list[str]:
-    """What became of the weights: a line for those that are exact, and one for each layer that is not."""
     lossy: dict[str, list[str]] = {}
     packed = {parameter: how for parameter, how in held.items() if how.form.storage == MXFP4.name}
     for parameter, how in packed.items():

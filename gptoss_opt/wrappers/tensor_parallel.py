@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import Attachment, Filler, Host, Phase, Report, Spec, Target, Wrapper, layout_of, mesh_of
-from ..distributed import axis_of, check_axis, why_no_axis
-from ..layout import Axis, Layout, Mesh, require
-from ..model.host import GPT_OSS
-from ..parallel import sharded
+from ..core import Attachment, Report, Target, layout_of, mesh_of
+from ..layout import Layout
+from ..parallel.sharded import Sharding
 from ..parallel.tensor import (
     attach_attention,
     attach_sliced_experts,
@@ -25,48 +23,22 @@ from ..parallel.vocabulary import attach_vocabulary, vocabulary_layout
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class TensorParallel(Wrapper):
+class TensorParallel(Sharding):
     """What `shard_tensor_parallel` builds. Options: `mesh`, `degree`, `experts`, `lm_head`."""
 
-    mesh: DeviceMesh | None = None
-    degree: int | None = None
     experts: bool = True
     lm_head: bool = True
 
     name: ClassVar[str] = "shard_tensor_parallel"
-    phase: ClassVar[Phase] = Phase.PARALLEL
-    host: ClassVar[Host] = GPT_OSS
-    defaults: ClassVar[Mapping[str, Filler]] = sharded.DEFAULTS
-    provides: ClassVar[tuple[str, ...]] = ("shards",)
-    reversible: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_axis(self.mesh, self.degree, self.name)
+    def why_not(self, model: nn.Module) -> Iterable[str]:
+        return why_no_tensor_parallel(model, self.axis.degree, experts=self.experts, vocabulary=self.lm_head)
 
-    @property
-    def axis(self) -> Axis:
-        """The axis over which the model is spread."""
-        return axis_of(self.mesh, self.degree)
-
-    def check(self, model: nn.Module) -> Iterable[str]:
-        if problem := why_no_axis(self.mesh, self.degree, sharded.device_of(model)):
-            return [problem]
-        problems = why_no_tensor_parallel(model, self.axis.degree, experts=self.experts, vocabulary=self.lm_head)
-        return [*sharded.why_held_otherwise(model), *problems]
-
-    def confer(self, model: nn.Module | None, stack: Sequence[Spec], problems: Sequence[str]) -> list[str] | None:
-        return sharded.confer(self.mesh, model, stack, problems)
-
-    def layout(self, model: nn.Module, layout: Layout) -> Layout:
-        degree = self.axis.degree
-        require(why_no_tensor_parallel(model, degree, experts=self.experts, vocabulary=self.lm_head))
-        layout = attention_layout(model, layout.over(self.axis), self.axis)
+    def spread(self, model: nn.Module, layout: Layout) -> Layout:
+        layout = attention_layout(model, layout, self.axis)
         if self.experts:
             layout = sliced_experts_layout(model, layout, self.axis)
         return vocabulary_layout(model, layout, self.axis) if self.lm_head else layout
-
-    def bind(self, model: nn.Module, mesh: Mesh | None) -> Mesh:
-        return sharded.bind(model, mesh, self.mesh, self.degree)
 
     def attach(self, model: nn.Module, journal: Attachment) -> Report:
         mesh, axis, layout = mesh_of(model), self.axis.name, layout_of(model)

@@ -621,4 +621,4 @@ def meetings() -> list[int]:
 
 
 def test_ranks_meet_once_per_apply(ranks: Ranks) -> None:
-    assert ranks(meetings) == [[1, 1, 1, 0]] * ranks.num_ranks
+    assert ranks(meetings) == [[1, 1, 1, 1]] * ranks.num_ranks

@@ -75,7 +75,10 @@ def splitting(*parts: range, dim: int = 0, degree: int = 2) -> Ask:
 
 
 WRONG: dict[str, tuple[Ask, str]] = {
-    "unknown parameter": (lambda layout: layout.store(["lm_heat.weight"], "mxfp4"), "asks for lm_heat.weight, which"),
+    "unknown parameter": (
+        lambda layout: layout.store(["lm_heat.weight"], "mxfp4"),
+        "asks for lm_heat.weight, which model.named_parameters() does not have",
+    ),
     "unknown storage": (lambda layout: layout.store([WEIGHT], "int7"), "as 'int7'. Known are dense"),
     "storage cannot": (
         lambda layout: (

@@ -55,7 +55,7 @@ def test_the_layout_of_many_ranks_needs_none_of_them(shape: str) -> None:
 def test_one_rank_holds_what_the_model_has() -> None:
     model = tiny_model()
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    assert dense_layout(model).num_bytes({}) == held == compose().layout(model).max_bytes()
+    assert dense_layout(model).max_bytes() == held == compose().layout(model).max_bytes()
 
 
 def test_without_degree_or_processes_the_number_of_ranks_is_asked_for() -> None:

@@ -115,7 +115,6 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool
 
 
 def _plan(q: Tensor, k: Tensor, rules: Rules) -> Iterator[tuple[Tile, Tensor | None]]:
-    """Every tile with its additive mask."""
     batch, num_queries = q.shape[0], q.shape[2]
     num_kv_heads, num_keys = k.shape[1:3]
     _, window, visible = rules

@@ -131,7 +131,6 @@ def _key_ranges(keys: Tensor) -> list[tuple[int, int, bool]]:
 
 
 def _cuts(starts: Tensor | None, batch: int, num_queries: int) -> list[list[int]]:
-    """For each row: 0, where each later sequence begins, T."""
     if starts is None:
         return [[0, num_queries]] * batch
     begins: list[list[int]] = [[] for _ in range(batch)]

@@ -79,7 +79,6 @@ def library() -> Library:
 
 @cache
 def _loaded() -> Library | str:
-    """The library, or the reason why it cannot be had."""
     path = _path()
     if path is None:
         return "was not built when gptoss_opt was installed: install a C compiler, then gptoss_opt again"

@@ -140,14 +140,12 @@ def _check(status: int) -> None:
 
 
 def _check_sizes(**sizes: tuple[Sequence[int], Sequence[int]]) -> None:
-    """Raise `ValueError` unless each first shape is the second: what is behind an address cannot be looked up later."""
     for name, (found, wanted) in sizes.items():
         if tuple(found) != tuple(wanted):
             raise ValueError(f"{name} is {list(found)}, and should be {list(wanted)}.")
 
 
 def _matrices(weights: ExpertWeights, bias: Tensor | None, dtype: torch.dtype) -> Matrices:
-    """The weights as the library takes them, with a bias in `dtype`."""
     if isinstance(weights, DenseWeights):
         values, scales = weights.weight.contiguous(), None
         _, rows, length = weights.shape

@@ -145,7 +145,6 @@ def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _kernels() -> ModuleType:
-    """The Triton kernels, imported where they first run."""
     from . import triton_kernels
 
     return triton_kernels

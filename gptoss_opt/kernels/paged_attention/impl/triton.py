@@ -89,7 +89,6 @@ def _as_wide_as_a_tile(number: int) -> int:
 
 
 def _kernels() -> ModuleType:
-    """The Triton kernel, imported where it first runs."""
     from . import triton_kernels
 
     return triton_kernels
