@@ -63,7 +63,7 @@ def _meet(store: Any, rank: int, ranks: tuple[int, ...], mine: str) -> dict[int,
         missing = [str(other) for other, key in keys.items() if not store.check([key])]
         raise TimeoutError(
             f"rank {rank} waited {store.timeout.total_seconds():g} s for rank {', '.join(missing)}, which did not wrap "
-            "its model as well. Every rank must apply the same wrappers in the same order; see whether that one has died."
+            "its model as well. Every rank must apply the same wrappers in the same order; see whether it has died."
         ) from error
     return {other: json.loads(store.get(key)) for other, key in keys.items()}
 
