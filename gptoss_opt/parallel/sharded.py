@@ -157,12 +157,13 @@ class Sharding(Wrapper):
         if not distributed.is_available() or not distributed.is_initialized():
             return None
         options = [(f"{key} of {one.name}", value) for one in stack for key, value in one.options().items()]
+        parameters = model.named_parameters() if model is not None else ()
         statement = {
             "the wrappers": ", ".join(one.name for one in stack),
             **{key: _told(value) for key, value in options},
             "the model": type(model).__name__,
             **{f"config.{key}": repr(value) for key, value in config_of(model).items()},
-            **{f"parameter {name}": _described(one) for name, one in (model.named_parameters() if model else ())},
+            **{f"parameter {name}": _described(parameter) for name, parameter in parameters},
         }
         ranks = ranks_of(self.mesh)
         return disagreements(statement, problems, ranks) if distributed.get_rank() in ranks else []
