@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..layout import Source, relayout
+from ..layout import LayoutError, Source, relayout
 from .errors import BackendError, CompatibilityError, IrreversibleError
 from .journal import Edit, Journal
 from .record import RECORD, Record, record_of, standing
@@ -54,7 +54,10 @@ def take_off(model: nn.Module, names: Sequence[str]) -> None:
         if problems := confer(kept, model, ()):
             raise CompatibilityError(problems)
         choices = {wrapper: choose(wrapper) for wrapper in working(kept)}
-        target = Resolved.of(kept, choices, layout_for(kept, model), model)
+        try:
+            target = Resolved.of(kept, choices, layout_for(kept, model, to_move=True), model)
+        except LayoutError as error:
+            raise CompatibilityError([str(error)]) from error
         _switch(model, target, choose)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..layout import Layout, LayoutError, Mesh, check, dense_layout, require
+from ..layout import Layout, LayoutError, Mesh, check, check_movable, dense_layout, require
 from .backend import Choice
 from .errors import BackendError, CompatibilityError
 from .record import RECORD, held_by, record_of
@@ -71,10 +71,10 @@ def validated(wrappers: Iterable[Spec]) -> tuple[Spec, ...]:
     return stack
 
 
-def layout_for(stack: Sequence[Spec], model: nn.Module) -> Layout:
+def layout_for(stack: Sequence[Spec], model: nn.Module, *, to_move: bool) -> Layout:
     """How all wrappers of a stack together want the parameters of a model held. Needs no other process.
 
-    Raises `LayoutError` if they cannot be held so.
+    Raises `LayoutError` if they cannot be held so, or, where they are `to_move`, cannot be read.
     """
     held = held_by(model)
     layout = dense_layout(model, held)
@@ -83,6 +83,8 @@ def layout_for(stack: Sequence[Spec], model: nn.Module) -> Layout:
         if not isinstance(layout, Layout):
             raise TypeError(f"{wrapper!r}: layout returned a {type(layout).__name__}, not a Layout.")
     check(layout, model, held)
+    if to_move:
+        check_movable(layout, model, held)
     return replace(layout, author="")
 
 
@@ -103,7 +105,7 @@ def resolve(wrappers: Iterable[Spec], model: nn.Module, choose: Choose) -> Resol
     problems = [*conflicts(stack), *(wrong or _check_all(stack, model, choose, choices))]
     if not problems:
         try:
-            layout = layout_for(stack, model)
+            layout = layout_for(stack, model, to_move=True)
         except LayoutError as error:
             problems.append(str(error))
     problems += confer(stack, model, problems)

@@ -82,7 +82,7 @@ class Stack:
         """
         model = wrapped_model(model)
         require(reason for wrapper in self.wrappers if (reason := wrapper.host.why_not(model)))
-        return layout_for(self.wrappers, model)
+        return layout_for(self.wrappers, model, to_move=False)
 
     def to_json(self) -> str:
         """The stack as JSON: a list of `{"wrapper": name, "options": {option: value, ...}}`."""

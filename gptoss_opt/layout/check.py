@@ -28,6 +28,26 @@ def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
                 raise LayoutError(f"{other} and {parameter} are both held as {tensor}. Give the new one another name.")
 
 
+def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
+    """Raise `LayoutError` unless the parameters that are to be held otherwise than now are there to be read."""
+    for parameter in layout:
+        form, how = layout.form(parameter), held.get(parameter, Held(Form()))
+        if form.new or (form.storage, form.splits) == (how.form.storage, how.form.splits):
+            continue
+        for name in how.names(parameter):
+            tensor = model.get_parameter(name)
+            if tensor.is_meta:
+                raise LayoutError(
+                    f"{name} is on the meta device, without values: it was never loaded, or is offloaded. Use "
+                    "load(path, ...), or wrap and undo before offloading."
+                )
+            if type(tensor) is not nn.Parameter and not (how.mesh and how.mesh.holds(tensor)):
+                raise LayoutError(
+                    f"{name} is a {type(tensor).__name__}, which something else has made of it (fully_shard, a "
+                    "quantiser). Wrap and undo before that."
+                )
+
+
 def _wrong_form(parameter: str, form: Form, layout: Layout) -> Iterator[str]:
     if form.shape == UNKNOWN:
         yield f"asks for {parameter}, which model.named_parameters() does not have. Of tied ones use the first name."

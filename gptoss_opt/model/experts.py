@@ -12,7 +12,15 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..core import Attachment, Journal
-from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, DenseWeights, ExpertsRequest, PackedWeights, experts
+from ..kernels.experts import (
+    DENSE_BACKENDS,
+    PACKED_BACKENDS,
+    DenseWeights,
+    ExpertsRequest,
+    PackedWeights,
+    experts,
+    is_traced,
+)
 from ..kernels.mxfp4 import BLOCK
 from .host import config_paths
 from .modules import expert_modules
@@ -97,7 +105,8 @@ def set_packed_format(model: nn.Module, journal: Journal) -> tuple[str, ...]:
 def _weights(module: Any, projection: str) -> DenseWeights | PackedWeights:
     # Attributes, not parameters: of a sharded model they are what this rank holds.
     bias = getattr(module, f"{projection}_bias")
-    if projection in module._parameters:
+    # A parametrisation, such as PEFT's on a parameter, leaves the attribute only.
+    if f"{projection}_blocks" not in module._parameters:
         return DenseWeights(getattr(module, projection), bias)
     return PackedWeights(getattr(module, f"{projection}_blocks"), getattr(module, f"{projection}_scales"), bias)
 
@@ -106,6 +115,11 @@ def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
 ) -> Tensor:
     """transformers' experts interface: `hidden_states` [T, H], indices and weights [T, K]."""
+    # On a GPU this would wait for it. Below 0 are experts of other ranks.
+    if top_k_index.is_cpu and top_k_index.numel() and not is_traced(top_k_index):
+        last, num_experts = int(top_k_index.max()), module.gate_up_proj_bias.shape[0]
+        if last >= num_experts:
+            raise IndexError(f"router_indices has expert {last}, and there are {num_experts}: 0 to {num_experts - 1}.")
     return experts(
         hidden_states,
         top_k_index,

@@ -41,10 +41,6 @@ class Mxfp4Experts(Wrapper):
         check_name(PACKED_BACKENDS, self.backend, self.name)
 
     def check(self, model: nn.Module) -> Iterable[str]:
-        if any(parameter.is_meta for parameter in model.parameters()):
-            return [
-                "the model is on the meta device, where there is nothing to pack. load() makes it with its weights."
-            ]
         return why_no_packing(model)
 
     def choice(self, model: nn.Module) -> Choice:

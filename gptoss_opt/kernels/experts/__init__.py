@@ -10,8 +10,9 @@ from torch import Tensor
 from . import dense, packed
 from .activation import swiglu
 from .backends import DENSE_BACKENDS, DENSE_KERNELS, PACKED_BACKENDS, PACKED_KERNELS
+from .check import check
 from .routes import Routes
-from .tracing import needs_operator
+from .tracing import is_traced, needs_operator
 from .weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
 
 
@@ -43,6 +44,9 @@ def experts(
     Returns:
         `[T, H]`, in the dtype of `x`.
 
+    Raises:
+        ValueError: shapes do not fit each other, or tensors lie on several devices.
+
     Example:
         >>> gate_up, down = DenseWeights(torch.randn(4, 64, 96)), DenseWeights(torch.randn(4, 48, 64))
         >>> indices, routing_weights = torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
@@ -50,6 +54,7 @@ def experts(
         >>> experts(x, indices, routing_weights, gate_up, down, alpha=1.702, limit=7.0, backend="torch").shape
         torch.Size([7, 64])
     """
+    check(x, indices, routing_weights, gate_up, down)
     is_packed = isinstance(gate_up, PackedWeights)
     kernel = PACKED_KERNELS[backend] if is_packed else DENSE_KERNELS[backend]
     if kernel.fused and not needs_operator(x, routing_weights, *vars(gate_up).values(), *vars(down).values()):
