@@ -41,7 +41,8 @@ class Weights:
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module) -> Weights:
         """Raises `CheckpointError` if a tensor is missing, or has another shape or kind of dtype than `model` needs."""
-        packed = frozenset(name for name, _ in model.named_parameters() if f"{name}_blocks" in checkpoint.tensors)
+        experts = (name for name, parameter in model.named_parameters() if parameter.ndim == 3)
+        packed = frozenset(name for name in experts if f"{name}_blocks" in checkpoint.tensors)
         needed = [need for name, p in model.named_parameters() for need in _needed(name, p, name in packed)]
         for key, shape, kind in needed:
             _check(checkpoint, key, shape, kind)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..layout import LayoutError, Source, relayout
+from ..layout import Layout, LayoutError, Source, relayout
+from .backend import Choice
 from .errors import BackendError, CompatibilityError, IrreversibleError
 from .journal import Edit, Journal
 from .record import RECORD, Record, record_of, standing
@@ -51,14 +52,16 @@ def take_off(model: nn.Module, names: Sequence[str]) -> None:
         )
     if names:
         kept = tuple(applied.wrapper for applied in record.applied if applied.wrapper.name not in names)
-        if problems := confer(kept, model, ()):
-            raise CompatibilityError(problems)
-        choices = {wrapper: choose(wrapper) for wrapper in working(kept)}
+        choices: dict[Spec, Choice | None] = {}
+        layout, problems = Layout(), list[str]()
         try:
-            target = Resolved.of(kept, choices, layout_for(kept, model, to_move=True), model)
-        except LayoutError as error:
-            raise CompatibilityError([str(error)]) from error
-        _switch(model, target, choose)
+            choices = {wrapper: choose(wrapper) for wrapper in working(kept)}
+            layout = layout_for(kept, model, to_move=True)
+        except (BackendError, LayoutError) as error:
+            problems = [str(error)]
+        if problems := problems + confer(kept, model, problems):
+            raise CompatibilityError(problems)
+        _switch(model, Resolved.of(kept, choices, layout, model), choose)
 
 
 def _num_in_place(model: nn.Module, record: Record, target: Sequence[Spec], choose: Choose) -> int:
@@ -90,42 +93,40 @@ def _switch(model: nn.Module, target: Resolved, choose: Choose, source: Source |
 
     On a failure half-way the model is put back as it was.
     """
-    record = model.__dict__.setdefault(RECORD, Record())
+    record: Record = model.__dict__.get(RECORD) or Record()
     # What was attached for another layout, or among other ranks, is attached anew.
     same = (record.layout, record.mesh) == (target.layout, target.mesh)
     num_kept = _num_in_place(model, record, target.wrappers, choose) if same else 0
     states = {applied.wrapper: applied.state for applied in record.applied}
-    before, relaid = replace(record), None
-    taken_off = _detach_from(model, record, num_kept)
+    before, relaid = replace(record, own=list(record.own), applied=list(record.applied)), None
+    undone: list[Edit] = []
     try:
+        model.__dict__[RECORD] = record
+        for one in [record.told, *reversed(record.applied[num_kept:])]:
+            one.undo(model, undone)
+        del record.applied[num_kept:]
+        record.told = Journal()
         relaid = relayout(model, record.held, target.layout, target.mesh, source)
         record.layout, record.mesh, record.held = target.layout, target.mesh, relaid.held
         _attach_all(model, record, target, states)
     except BaseException:
-        _detach_from(model, record, num_kept)
+        for one in [record.told, *reversed(record.applied)]:
+            if one is not before.told and not any(one is old for old in before.applied):
+                one.undo(model)
         if relaid:
             relaid.undo()
         # What wrappers had done is done again edit by edit: asked once more, one that failed might fail again.
-        for journal, edits in reversed(taken_off):
-            for edit in edits:
-                edit.redo(model)
-            if isinstance(journal, Attachment):
-                record.applied.append(journal)
-        record.layout, record.mesh, record.held, record.told = before.layout, before.mesh, before.held, before.told
+        for edit in reversed(undone):
+            edit.redo(model)
+        for host, journal in reversed(record.own[len(before.own) :]):
+            host.release(model, journal)
+        vars(record).update(vars(before))
         raise
     finally:
         if not record.applied:
             for host, journal in reversed(record.own):
                 host.release(model, journal)
-            del model.__dict__[RECORD]
-
-
-def _detach_from(model: nn.Module, record: Record, number: int) -> list[tuple[Journal, list[Edit]]]:
-    """Take off the wrappers from this number on, the last first; return each journal with what of it was undone."""
-    journals = [record.told, *reversed(record.applied[number:])]
-    del record.applied[number:]
-    record.told = Journal()
-    return [(journal, journal.undo(model)) for journal in journals]
+            model.__dict__.pop(RECORD, None)
 
 
 def _attach_all(model: nn.Module, record: Record, target: Resolved, states: Mapping[Spec, Any]) -> None:
@@ -133,14 +134,14 @@ def _attach_all(model: nn.Module, record: Record, target: Resolved, states: Mapp
     for wrapper in target.wrappers[len(record.applied) :]:
         holder = stands_by_for(wrapper, target.wrappers)
         one = Attachment(wrapper=wrapper, choice=target.choices.get(wrapper), state=states.get(wrapper), holder=holder)
+        record.applied.append(one)  # before it is attached, so that a failure finds it
         if holder:
             one.report = Report((f"stands by: {holder[0]!r} holds {holder[1]}",))
         else:
             if not any(type(host) is type(wrapper.host) for host, _ in record.own):
                 record.own.append((wrapper.host, _journaled(model, Journal(), wrapper.host.own_config)))
             fillers = [fill for slot, fill in wrapper.defaults.items() if held[slot] == wrapper]
-            _journaled(model, one, functools.partial(_attach, fillers))
-        record.applied.append(one)
+            _attach(fillers, model, one)
     if new := record.layout.new:
         for host, _ in record.own:
             _journaled(model, record.told, functools.partial(host.tell_new, new))

@@ -94,8 +94,11 @@ class AddPreHook:
 
     def redo(self, model: nn.Module) -> None:
         module = resolve_path(model, self.path)
-        module._forward_pre_hooks[self.hook_id] = self.hook
+        hooks = module._forward_pre_hooks
+        hooks[self.hook_id] = self.hook
         module._forward_pre_hooks_with_kwargs[self.hook_id] = True
+        for later in [number for number in hooks if number > self.hook_id]:
+            hooks.move_to_end(later)
 
 
 Edit = SetAttribute | AddPreHook
@@ -162,11 +165,10 @@ class Journal:
         handle = resolve_path(model, path).register_forward_pre_hook(hook, with_kwargs=True)
         self.edits.append(AddPreHook(path, handle.id, hook))
 
-    def undo(self, model: nn.Module) -> list[Edit]:
-        """Put everything back but what the user has set since, last change first; return what was put back."""
-        undone = []
+    def undo(self, model: nn.Module, undone: list[Edit] | None = None) -> None:
+        """Put everything back but what the user has set since, last change first; `undone` gets what was put back."""
         for edit in reversed(self.edits):
             if edit.intact(model):
+                if undone is not None:  # before it is: to do again what was not yet undone does no harm
+                    undone.append(edit)
                 edit.undo(model)
-                undone.append(edit)
-        return undone[::-1]

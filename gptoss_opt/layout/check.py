@@ -55,6 +55,8 @@ def _wrong_form(parameter: str, form: Form, layout: Layout) -> Iterator[str]:
         yield f"stores {parameter} as {form.storage!r}. Known are {', '.join(sorted(STORAGES))}."
     elif form.new:
         yield from _wrong_new(parameter, form, form.new, layout)
+    elif reason := STORAGES[form.storage].why_not(form.shape):
+        yield f"stores {parameter} {list(form.shape)} as {form.storage!r}: {reason}"
 
 
 def _wrong_new(parameter: str, form: Form, new: New, layout: Layout) -> Iterator[str]:
@@ -97,10 +99,10 @@ def _wrong_splits(parameter: str, form: Form, layout: Layout) -> Iterator[str]:
 
 
 def _covers(split: Split, size: int) -> bool:
-    if all(isinstance(part, range) for part in split.parts):
+    if all(isinstance(part, range) and part.step == 1 for part in split.parts):
         bounds = sorted((part[0], part[-1] + 1) for part in split.parts if part)
-        return split.size == size and [first for first, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
-    return sorted(chain(*split.parts)) == list(range(size))
+        return [0, *(end for _, end in bounds)] == [*(first for first, _ in bounds), size]
+    return all(list(part) == sorted(part) for part in split.parts) and sorted(chain(*split.parts)) == [*range(size)]
 
 
 def _wrong_name(parameter: str, new: New, model: nn.Module) -> Iterator[str]:

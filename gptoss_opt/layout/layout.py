@@ -131,7 +131,7 @@ class Layout:
         """How a parameter is to be held, all that was asked for considered. Raises `LayoutError` if that cannot be."""
         asked = self.asked.get(parameter, Form())
         splits, partial, once = asked.splits, asked.partial, asked.added_once
-        if asked.new and asked.new.beside and asked.new.beside != parameter:
+        if asked.new and asked.new.beside and not self.asked.get(asked.new.beside, asked).new:
             beside, dims = self.form(asked.new.beside), dict(asked.new.dims)
             splits += tuple(replace(split, dim=dims[split.dim]) for split in beside.splits if split.dim in dims)
             partial = tuple(split.axis for split in beside.splits if split.dim not in dims) + beside.partial

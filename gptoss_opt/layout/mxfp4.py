@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,12 @@ class Mxfp4(Storage):
 
     name: str = "mxfp4"
     suffixes: tuple[str, ...] = ("_blocks", "_scales")
+
+    def why_not(self, shape: Sequence[int]) -> str | None:
+        """Return the reason why a parameter of this shape cannot be stored so, as a sentence, or None."""
+        if len(shape) != 3 or shape[1] % BLOCK:
+            return f"MXFP4 takes expert weights [E, in, out] whose `in` is a multiple of {BLOCK}."
+        return None
 
     def encode(self, dense: Sliced) -> Stored:
         """Quantise, one expert at a time."""

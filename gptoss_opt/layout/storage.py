@@ -71,6 +71,10 @@ class Storage:
     name: str = "dense"
     suffixes: tuple[str, ...] = ("",)
 
+    def why_not(self, shape: Sequence[int]) -> str | None:
+        """Return the reason why a parameter of this shape cannot be stored so, as a sentence, or None."""
+        return None
+
     def encode(self, dense: Sliced) -> Stored:
         """Store dense values."""
         assert isinstance(dense, Tensor)

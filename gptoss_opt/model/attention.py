@@ -7,6 +7,7 @@ with no error. A key must not contain "flash" or "sdpa": transformers rewrites t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ KEY = "gptoss_opt:{}"
 ATTENTION = "the attention computation"
 """A slot of a model: see `Wrapper`."""
 
-STARTS = "gptoss_opt_starts"
+PACKING = "gptoss_opt_packing"
 """The keyword under which a forward hands its layers where packed sequences begin."""
 
 
@@ -91,8 +92,27 @@ def prepare_call(
             "Take the wrapper off first: undo(model, with_flash_attention)."
         )
     given = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
-    starts = _starts(given)
-    return None if starts is None else (args, {**kwargs, STARTS: starts})
+    return args, {**kwargs, PACKING: Packing(given.get("position_ids"), _starts(given))}
+
+
+@dataclass(eq=False)
+class Packing:
+    """Where the sequences of packed rows begin, found once for all layers.
+
+    Attributes:
+        positions: by which it was found; None if the decoder was given none.
+        starts: integer [B or 1, T]; None if nothing is packed.
+    """
+
+    positions: Tensor | None
+    starts: Tensor | None
+
+    def by(self, positions: Tensor | None, visible: Visible) -> Tensor | None:
+        """Look again if a layer has other positions than the decoder was given, as after a hook of the user's."""
+        traced = torch.compiler.is_compiling() and self.positions is None
+        if positions is not None and self.positions is not positions and not traced:
+            self.positions, self.starts = positions, _starts({"position_ids": positions, "attention_mask": visible})
+        return self.starts
 
 
 def _starts(given: Mapping[str, Any]) -> Tensor | None:
@@ -124,6 +144,8 @@ def _valid(mask: object, cache: Any, positions: Tensor) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
     first = mask.shape[1] - num_queries if first is None else first
+    if not isinstance(first, Tensor):  # a mask that tells of fewer slots than there are is padded, as for attention
+        mask = nn.functional.pad(mask, (0, max(first + num_queries - mask.shape[1], 0)))
     return mask.bool()[:, torch.arange(num_queries, device=mask.device) + first]
 
 
@@ -216,7 +238,8 @@ def attention_forward(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    gptoss_opt_starts: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    gptoss_opt_packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D] to ([B, T, H, D], no weights)."""
@@ -244,8 +267,16 @@ def attention_forward(
     visible = attention_mask if isinstance(attention_mask, Visible) else Visible(mask=attention_mask)
     if visible.keys is not None and visible.keys.shape[1] != key.shape[2]:
         raise ValueError(f"attention_mask tells of {visible.keys.shape[1]} tokens, but there are {key.shape[2]} keys.")
-    if gptoss_opt_starts is not None and visible.mask is None and query.shape[2] > 1:
-        visible = visible._replace(starts=gptoss_opt_starts.expand(len(query), -1))
+    if visible.mask is None and query.shape[2] > 1:
+        cu_q = kwargs.get("cu_seq_lens_q")
+        if gptoss_opt_packing is not None:
+            starts = gptoss_opt_packing.starts if cu_q is not None else gptoss_opt_packing.by(position_ids, visible)
+        elif cu_q is not None:  # a layer that is called by itself, without its decoder
+            starts = starts_from_cu_seq_lens(cu_q, query.shape[2])
+        else:
+            starts = Packing(None, None).by(position_ids, visible)
+        if starts is not None:
+            visible = visible._replace(starts=starts.expand(len(query), -1))
     out = attention(query, key, value, sinks, scale=scaling, window=sliding_window, visible=visible, backend=backend)
     return out.transpose(1, 2).contiguous(), None
 

@@ -115,21 +115,14 @@ def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
 ) -> Tensor:
     """transformers' experts interface: `hidden_states` [T, H], indices and weights [T, K]."""
+    gate_up, down = _weights(module, "gate_up_proj"), _weights(module, "down_proj")
     # On a GPU this would wait for it. Below 0 are experts of other ranks.
     if top_k_index.is_cpu and top_k_index.numel() and not is_traced(top_k_index):
-        last, num_experts = int(top_k_index.max()), module.gate_up_proj_bias.shape[0]
+        last, num_experts = int(top_k_index.max()), gate_up.shape[0]
         if last >= num_experts:
             raise IndexError(f"router_indices has expert {last}, and there are {num_experts}: 0 to {num_experts - 1}.")
-    return experts(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        _weights(module, "gate_up_proj"),
-        _weights(module, "down_proj"),
-        alpha=module.alpha,
-        limit=module.limit,
-        backend=backend,
-    )
+    shape = {"alpha": module.alpha, "limit": module.limit}
+    return experts(hidden_states, top_k_index, top_k_weights, gate_up, down, **shape, backend=backend)
 
 
 for _name in dict.fromkeys(backend.name for backend in (*PACKED_BACKENDS, *DENSE_BACKENDS)):

@@ -77,7 +77,7 @@ def build_engine(
 
 def _left_by_a_step(runner: Runner, num_tokens: int, num_sampled: int) -> int:
     """How many bytes are free on the GPU while a step computes `num_tokens` and samples after `num_sampled` of them."""
-    memory = runner.memory
+    memory, num_tokens = runner.memory, max(num_tokens, 2)  # one alone would be decoding, which is captured
     device, num_pages = memory.block_tables.device, -(-num_tokens // memory.page_size)
     new_pages = [(g, 0, n, 1 + g * num_pages + n) for g in range(len(memory.groups)) for n in range(num_pages)]
     span = Span(row=0, start=0, end=num_tokens, first=0, write_from=0)

@@ -135,19 +135,19 @@ class Stepper:
 
     def _step(self) -> bool:
         with _interrupts_wait():
-            try:
-                with self._stepping:
-                    self._maker = threading.get_ident()
-                    try:
-                        return self._step_alone()
-                    finally:
-                        self._maker = None
-            except BaseException as error:
-                # Told to all who wait, and to whoever comes later.
-                self._fail(error)
-                if isinstance(error, Exception):
-                    return False
-                raise
+            with self._stepping:
+                self._maker = threading.get_ident()
+                try:
+                    return self._step_alone()
+                except BaseException as error:
+                    failed = error
+                finally:
+                    self._maker = None
+            # Told to all who wait, and to whoever comes later.
+            self._fail(failed)
+            if isinstance(failed, Exception):
+                return False
+            raise failed
 
     def _step_alone(self) -> bool:
         with self._news:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
+from gptoss_opt.core.journal import SetAttribute
 from gptoss_opt.extend import (
     GPT_OSS,
     Attachment,
@@ -70,8 +71,8 @@ def adding(name: str = NEW, shape: tuple[int, ...] = (64,), **options: Any) -> A
     return lambda layout: layout.add(name, shape, **options)
 
 
-def splitting(*parts: range, dim: int = 0, degree: int = 2) -> Ask:
-    return lambda layout: layout.over(Axis("tp", degree)).split([WEIGHT], Split(dim, "tp", parts))
+def splitting(*parts: Sequence[int], dim: int = 0, degree: int = 2) -> Ask:
+    return lambda layout: layout.over(Axis("tp", degree)).split([WEIGHT], Split(dim, "tp", cast(Any, parts)))
 
 
 WRONG: dict[str, tuple[Ask, str]] = {
@@ -106,6 +107,13 @@ WRONG: dict[str, tuple[Ask, str]] = {
     "dims here": (adding(beside=WEIGHT, dims={0: 1}), "of one size"),
     "dims of two sizes": (adding(shape=(65,), beside=WEIGHT, dims={0: 0}), "of one size"),
     "stored new": (lambda layout: adding()(layout).store([NEW], "mxfp4"), "are dense"),
+    "a shape that cannot be stored": (lambda layout: layout.store([WEIGHT], "mxfp4"), "MXFP4 takes expert weights"),
+    "beside each other": (
+        lambda layout: layout.add(NEW, (2,), beside=f"{NEW}2").add(f"{NEW}2", (2,), beside=NEW),
+        "no parameter of the model's own",
+    ),
+    "every second index": (splitting(range(32), range(32, 96, 2)), "Give each index to one rank"),
+    "descending indices": (splitting((1, 0, *range(2, 32)), range(32, 64)), "Give each index to one rank"),
     "a packed tensor's name": (
         lambda layout: layout.store([EXPERTS], "mxfp4").add(f"{EXPERTS}_blocks", (2,)),
         f"are both held as {EXPERTS}_blocks",
@@ -237,6 +245,59 @@ def test_nothing_is_packed_on_the_meta_device() -> None:
         model = GptOssForCausalLM(GptOssConfig(num_hidden_layers=1, num_local_experts=4))
     with pytest.raises(CompatibilityError, match="on the meta device"):
         with_mxfp4_experts(model)
+
+
+def test_an_interrupt_while_wrappers_come_off_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compose(LowRank(), with_flash_attention(), with_mxfp4_experts())(tiny_model())
+    before, logits = parameters(model), model(ids()).logits
+    for number in range(6):
+        calls = iter(range(100))
+
+        def interrupted(edit: Any, model: nn.Module, real: Any = SetAttribute.undo) -> None:
+            if next(calls) == number:  # noqa: B023
+                raise KeyboardInterrupt
+            real(edit, model)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(SetAttribute, "undo", interrupted)
+            undo(model)
+        assert parameters(model) == before
+        assert stack_of(model) == compose(LowRank(), with_flash_attention(), with_mxfp4_experts())
+        assert torch.equal(model(ids()).logits, logits)
+    undo(model)
+    assert not stack_of(model)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class OnAny(Wrapper):
+    """Goes on any module."""
+
+    name: ClassVar[str] = "with_toy_on_any"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+
+    def attach(self, model: nn.Module, journal: Attachment) -> Report:
+        return Report(("nothing",))
+
+
+def test_a_config_that_was_made_for_a_failure_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    config = model.config
+    OnAny()(model)
+    monkeypatch.setitem(FAILING, "now", True)
+    with pytest.raises(RuntimeError, match="once more"):
+        Flaky()(model)
+    assert model.config is config
+    assert stack_of(model) == compose(OnAny())
+
+
+def test_hooks_of_the_user_stay_behind_ours_on_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_flash_attention(tiny_model())
+    model.model.register_forward_pre_hook(keep, with_kwargs=True)
+    order = list(model.model._forward_pre_hooks)
+    monkeypatch.setitem(FAILING, "now", True)
+    with pytest.raises(RuntimeError, match="once more"):
+        compose(Flaky(), with_mxfp4_experts())(model)
+    assert list(model.model._forward_pre_hooks) == order
 
 
 def test_layouts_of_what_cannot_be_are_refused() -> None:

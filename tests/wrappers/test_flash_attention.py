@@ -434,3 +434,47 @@ def test_a_sharper_option_is_another_wrapper() -> None:
     model.set_attn_implementation("eager")
     assert "changed by you since" in str(explain(model))
     assert with_flash_attention(model).config._attn_implementation == "gptoss_opt:torch"
+
+
+def by_the_decoder_forward(model, x, positions):
+    return model.model.forward(x, position_ids=positions).last_hidden_state
+
+
+def by_a_later_hook(model, x, positions):
+    def repack(module, args, kwargs):
+        return args, {**kwargs, "position_ids": positions}
+
+    handle = model.model.register_forward_pre_hook(repack, with_kwargs=True)
+    hidden = model.model(x).last_hidden_state
+    handle.remove()
+    return hidden
+
+
+def by_layers_alone(model, x, positions):
+    hidden = model.model.embed_tokens(x)
+    embeddings = model.model.rotary_emb(hidden, positions)
+    for layer in model.model.layers:
+        hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=embeddings)
+    return model.model.norm(hidden)
+
+
+@pytest.mark.parametrize("way", [by_the_decoder_forward, by_a_later_hook, by_layers_alone])
+def test_packed_sequences_are_seen_by_layers_however_they_come(way) -> None:
+    model, x = tiny_model(), ids(batch=1, length=12)
+    positions = torch.tensor([[*range(5), *range(7)]])
+    alone = torch.cat([model.model(part).last_hidden_state for part in (x[:, :5], x[:, 5:])], 1)
+    with_flash_attention(model)
+    assert relative(way(model, x, positions), alone) < 1e-5
+    assert relative(way(model, x, torch.arange(12)[None]), alone) > 1e-2
+
+
+def test_a_mask_of_the_new_tokens_alone_is_padded() -> None:
+    model = with_flash_attention(tiny_model())
+    cache = model(ids(batch=1, length=6), use_cache=True).past_key_values
+    out = model(
+        ids(batch=1, length=3),
+        past_key_values=cache,
+        attention_mask=torch.ones(1, 3),
+        position_ids=torch.tensor([[6, 6, 7]]),
+    )
+    assert out.logits.isfinite().all()
