@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -17,8 +16,6 @@ from .record import RECORD, Record, record_of, standing
 from .resolve import Choose, Resolved, choosing, confer, layout_for, resolve
 from .slots import holders, stands_by_for, working
 from .spec import Attachment, Filler, Report, Spec
-
-JournalType = TypeVar("JournalType", bound=Journal)
 
 
 def apply(model: nn.Module, wrappers: Sequence[Spec], source: Source | None = None) -> None:
@@ -118,8 +115,8 @@ def _switch(model: nn.Module, target: Resolved, choose: Choose, source: Source |
         # What wrappers had done is done again edit by edit: asked once more, one that failed might fail again.
         for edit in reversed(undone):
             edit.redo(model)
-        for host, journal in reversed(record.own[len(before.own) :]):
-            host.release(model, journal)
+        for _, journal in reversed(record.own[len(before.own) :]):
+            journal.undo(model)
         vars(record).update(vars(before))
         raise
     finally:
@@ -139,12 +136,13 @@ def _attach_all(model: nn.Module, record: Record, target: Resolved, states: Mapp
             one.report = Report((f"stands by: {holder[0]!r} holds {holder[1]}",))
         else:
             if not any(type(host) is type(wrapper.host) for host, _ in record.own):
-                record.own.append((wrapper.host, _journaled(model, Journal(), wrapper.host.own_config)))
+                record.own.append((wrapper.host, Journal()))
+                wrapper.host.own_config(model, record.own[-1][1])
             fillers = [fill for slot, fill in wrapper.defaults.items() if held[slot] == wrapper]
             _attach(fillers, model, one)
     if new := record.layout.new:
         for host, _ in record.own:
-            _journaled(model, record.told, functools.partial(host.tell_new, new))
+            host.tell_new(new, model, record.told)
 
 
 def _attach(fillers: Sequence[Filler], model: nn.Module, one: Attachment) -> None:
@@ -153,13 +151,3 @@ def _attach(fillers: Sequence[Filler], model: nn.Module, one: Attachment) -> Non
     if not isinstance(report, Report):
         raise TypeError(f"{one.wrapper!r}: attach returned a {type(report).__name__}, not a Report.")
     one.report = Report((*report.changed, *filled), report.choice or one.choice)
-
-
-def _journaled(model: nn.Module, journal: JournalType, change: Callable[[nn.Module, JournalType], Any]) -> JournalType:
-    """Make a change through a journal, and return that; if it fails, what it did is undone."""
-    try:
-        change(model, journal)
-    except BaseException:
-        journal.undo(model)
-        raise
-    return journal
