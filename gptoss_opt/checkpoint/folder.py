@@ -45,19 +45,14 @@ class Checkpoint:
 
         Example:
             >>> checkpoint = Checkpoint.open(path)
-            >>> checkpoint.config.hidden_size, len(checkpoint.tensors), checkpoint.total_bytes
-            (128, 60, 1119956)
+            >>> checkpoint.config.hidden_size, len(checkpoint.tensors)
+            (128, 60)
         """
         folder = _folder(path_or_id, revision)
         with as_checkpoint_errors(folder):
             config = _config(folder)
             config.name_or_path = os.fspath(path_or_id)  # as in from_pretrained; peft writes it into its adapters
             return cls(folder, config, _tensors(folder, getattr(config, "transformers_weights", None)))
-
-    @property
-    def total_bytes(self) -> int:
-        """The size of all tensors together, in bytes."""
-        return sum(info.num_bytes for info in self.tensors.values())
 
     def read(
         self,

@@ -6,20 +6,21 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..core import held_by, layout_of, mesh_of
 from ..layout import Split
-from .writer import Described, index_of, plan_files, write_file
+from .writer import write_files
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def gather_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
@@ -100,11 +101,16 @@ def save_pretrained(
                 "written is an ordinary checkpoint, which transformers loads and saves as you like."
             )
     mesh = mesh_of(model)
-    max_bytes, problem, failed = _num_bytes(max_shard_size), None, None
+    described = _described(model)
+    # The splitting of transformers. It takes tensors without values.
+    split = split_torch_state_dict_into_shards(
+        described, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    problem, failed = None, None
     tensors = gather_state_dict(model)
     if mesh.is_first:
         try:
-            _write(model, Path(save_directory), max_bytes, tensors)
+            _write(model, Path(save_directory), described, split, tensors)
         except Exception as error:  # whatever it is: the others are not to wait, and it is raised below
             problem, failed = f"{type(error).__name__}: {error}", error
     for _ in tensors:  # the others', and what is left after a failure
@@ -116,7 +122,24 @@ def save_pretrained(
         raise OSError(f"rank 0 could not write the checkpoint to {os.fspath(save_directory)!r} ({problem}).")
 
 
-def _write(model: Any, folder: Path, max_bytes: int, tensors: Iterator[tuple[str, Tensor | None]]) -> None:
+def _described(model: Any) -> dict[str, Tensor]:
+    """The tensors that are saved, without values: not those that wrappers brought, and tied ones once."""
+    new, first = set(layout_of(model).new), dict[int, str]()
+    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in new}
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+        if first.setdefault(id(tensor), name) == name
+    }
+
+
+def _write(
+    model: Any,
+    folder: Path,
+    described: Mapping[str, Tensor],
+    split: StateDictSplit,
+    tensors: Iterator[tuple[str, Tensor | None]],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)  # that of all ranks stays the same
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -124,35 +147,24 @@ def _write(model: Any, folder: Path, max_bytes: int, tensors: Iterator[tuple[str
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    new, described = set(layout_of(model).new), dict[int, Described]()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in new:  # and tied ones are written once
-            described.setdefault(id(tensor), Described(name, tuple(tensor.shape), tensor.dtype))
-    files = plan_files(list(described.values()), max_bytes)
-    parts = [folder / f"{file}.part" for file in files]
-    sizes = {one.key: one.num_bytes for one in described.values()}
-    wanted = ((name, tensor) for name, tensor in tensors if name in sizes)
+    files = {
+        folder / f"{name}.part": {key: described[key] for key in keys}
+        for name, keys in split.filename_to_tensors.items()
+    }
+    wanted = ((name, tensor) for name, tensor in tensors if name in described)
     try:
-        with tqdm(total=sum(sizes.values()), desc="saving", unit="B", unit_scale=True, delay=2) as bar:
-            for part, group in zip(parts, files.values(), strict=True):
-                write_file(part, group, wanted, on_bytes=bar.update)
+        with tqdm(total=split.metadata["total_size"], desc="saving", unit="B", unit_scale=True, delay=2) as bar:
+            write_files(files, wanted, on_bytes=bar.update)
     except BaseException:
-        for part in parts:
+        for part in files:
             part.unlink(missing_ok=True)
         raise
     for stale in folder.iterdir():
-        if WEIGHTS.fullmatch(stale.name) and stale.name not in files:
+        if WEIGHTS.fullmatch(stale.name) and stale.name not in split.filename_to_tensors:
             stale.unlink()
-    for part in parts:
+    for part in files:
         part.replace(part.with_suffix(""))
-    if len(files) > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index_of(files), indent=2, sort_keys=True))
-
-
-def _num_bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    unit = size[-2:].upper()
-    if unit not in UNITS or not size[:-2].strip().isdigit():
-        raise ValueError(f"max_shard_size is {size!r}. Give bytes, or a number with {', '.join(UNITS)}, such as '5GB'.")
-    return int(size[:-2]) * UNITS[unit]
+    if split.is_sharded:
+        count = sum(tensor.numel() for tensor in described.values())
+        index = {"metadata": {"total_parameters": count, **split.metadata}, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))

@@ -6,4 +6,4 @@ from .explain import Explanation, explain
 from .journal import Journal
 from .record import held_by, layout_of, mesh_of
 from .spec import WRAPPERS, Attachment, Filler, Host, Phase, Report, Spec
-from .stack import Stack, Target, Wrapper, compose, stack_of, undo
+from .stack import Stack, Wrapper, compose, stack_of, takes_model, undo

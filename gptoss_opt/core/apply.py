@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..layout import Layout, LayoutError, Source, relayout
-from .backend import Choice
-from .errors import BackendError, CompatibilityError, IrreversibleError
+from ..layout import Source, relayout
+from .errors import BackendError, IrreversibleError
 from .journal import Edit, Journal
 from .record import RECORD, Record, record_of, standing
-from .resolve import Choose, Resolved, choosing, confer, layout_for, resolve
+from .resolve import Choose, Resolved, choosing, model_problems, resolve
 from .slots import holders, stands_by_for, working
 from .spec import Attachment, Filler, Report, Spec
 
@@ -33,8 +32,8 @@ def apply(model: nn.Module, wrappers: Sequence[Spec], source: Source | None = No
     )
     if source is None and unchanged:
         return
-    target = resolve((*present, *wrappers), model, choose)
-    _switch(model, target, choose, source)
+    wanted = (*present, *wrappers)
+    _switch(model, resolve(wanted, model, choose, model_problems(wanted, model)), choose, source)
 
 
 def take_off(model: nn.Module, names: Sequence[str]) -> None:
@@ -49,16 +48,7 @@ def take_off(model: nn.Module, names: Sequence[str]) -> None:
         )
     if names:
         kept = tuple(applied.wrapper for applied in record.applied if applied.wrapper.name not in names)
-        choices: dict[Spec, Choice | None] = {}
-        layout, problems = Layout(), list[str]()
-        try:
-            choices = {wrapper: choose(wrapper) for wrapper in working(kept)}
-            layout = layout_for(kept, model, to_move=True)
-        except (BackendError, LayoutError) as error:
-            problems = [str(error)]
-        if problems := problems + confer(kept, model, problems):
-            raise CompatibilityError(problems)
-        _switch(model, Resolved.of(kept, choices, layout, model), choose)
+        _switch(model, resolve(kept, model, choose), choose)
 
 
 def _num_in_place(model: nn.Module, record: Record, target: Sequence[Spec], choose: Choose) -> int:

@@ -93,16 +93,16 @@ def choosing(model: nn.Module) -> Choose:
     return functools.cache(lambda wrapper: wrapper.choice(model))
 
 
-def resolve(wrappers: Iterable[Spec], model: nn.Module, choose: Choose) -> Resolved:
+def resolve(wrappers: Iterable[Spec], model: nn.Module, choose: Choose, wrong: Iterable[str] = ()) -> Resolved:
     """Decide what is to be done, together with the other processes that hold the model, if there are any.
 
     Touches nothing. All problems are collected, then raised together as one `CompatibilityError`, on all processes.
+    What is `wrong` with the model itself is one of them, and makes arithmetic pointless.
     """
     stack = canonical(wrappers)
     choices: dict[Spec, Choice | None] = {}
     layout = Layout()
-    wrong = list(_model_problems(stack, model))
-    problems = [*conflicts(stack), *(wrong or _check_all(stack, model, choose, choices))]
+    problems = [*conflicts(stack), *(list(wrong) or _check_all(stack, model, choose, choices))]
     if not problems:
         try:
             layout = layout_for(stack, model, to_move=True)
@@ -122,12 +122,13 @@ def confer(stack: Sequence[Spec], model: nn.Module | None, problems: Sequence[st
     return []
 
 
-def _model_problems(stack: Sequence[Spec], model: nn.Module) -> Iterator[str]:
+def model_problems(wrappers: Iterable[Spec], model: nn.Module) -> Iterator[str]:
+    """What is wrong with a model that is to be wrapped, whatever the wrappers do."""
     if compiled := _why_compiled(model):
         yield compiled
         return
-    # What is wrong with the kind of model is said once, not once per wrapper, and makes arithmetic pointless.
-    hosts = dict.fromkeys(wrapper.host.why_not(model) for wrapper in stack)
+    # What is wrong with the kind of model is said once, not once per wrapper.
+    hosts = dict.fromkeys(wrapper.host.why_not(model) for wrapper in canonical(wrappers))
     if wrong := [reason for reason in hosts if reason]:
         yield from wrong
     elif inside := [path for path, module in model.named_modules() if path and RECORD in module.__dict__]:

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from torch import nn
 
@@ -20,6 +20,8 @@ from .spec import WRAPPERS, Spec
 Model = TypeVar("Model", bound=nn.Module)
 Target = TypeVar("Target", bound=Callable[..., Any])
 """A model, or a function that returns one."""
+Options = ParamSpec("Options")
+Built = TypeVar("Built", bound="Wrapper", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -34,6 +36,29 @@ class Wrapper(Spec):
     def __call__(self, target: Target) -> Target:
         """Apply to a model (the same object is returned), or decorate a function that returns one."""
         return _applied_to(target, (self,), repr(self))
+
+
+class TakesModel(Protocol[Options, Built]):
+    """A function of a model, or of a function that returns one, and options; without a model it gives a wrapper."""
+
+    @overload
+    def __call__(self, model: None = None, /, *args: Options.args, **options: Options.kwargs) -> Built: ...
+    @overload
+    def __call__(self, model: Target, /, *args: Options.args, **options: Options.kwargs) -> Target: ...
+
+
+def takes_model(build: Callable[Options, Built]) -> TakesModel[Options, Built]:
+    """Make the public function of a wrapper from one that builds it from options, which are keywords."""
+
+    @functools.wraps(build)
+    def public(model: Any = None, **options: Any) -> Any:
+        wrapper = cast(Callable[..., Wrapper], build)(**options)
+        return wrapper if model is None else wrapper(model)
+
+    signature, kind = inspect.signature(build), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    model = inspect.Parameter("model", kind, default=None, annotation=Any)
+    public.__signature__ = signature.replace(parameters=[model, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return cast(TakesModel[Options, Built], public)
 
 
 @dataclass(frozen=True)

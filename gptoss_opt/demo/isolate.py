@@ -10,11 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from .comparison import Step
@@ -58,7 +56,7 @@ def explained(path: str) -> Iterator[None]:
     """Say in one sentence what a user can run into while the model at `path` is loaded and run."""
     try:
         yield
-    except (OSError, SafetensorError, UnpicklingError) as error:
+    except OSError as error:
         raise DemoError(f"cannot load or run {path!r}: {' '.join(str(error).split())}") from error
     except (MemoryError, RuntimeError) as error:
         known = (MemoryError, torch.OutOfMemoryError, BrokenProcessPool)

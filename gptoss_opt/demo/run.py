@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
-from .. import with_mxfp4_experts
+from .. import CheckpointError, with_mxfp4_experts
+from ..checkpoint import Checkpoint
 from ..testing import Size, random_checkpoint
 from .comparison import Comparison, DemoReport, Outcome, Settings
 from .isolate import DemoError, explained, steps_of
@@ -92,19 +92,12 @@ def check_model(path: str, max_length: int, ranks: int | None) -> bool:
     """Whether the experts of the checkpoint are packed.
 
     Raises:
-        DemoError: this is no GPT-OSS model, or it does not take so many tokens or divide over so many ranks.
+        DemoError: this is no sound GPT-OSS checkpoint, or it does not take so many tokens or divide over so many ranks.
     """
-    if Path(path).is_file():
-        raise DemoError(f"{path!r} is a file: give the folder that it is in.")
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise DemoError(
-            f"cannot read the config of {path!r}: it is neither a folder with a config.json that transformers knows, "
-            "nor a model that the Hugging Face hub gives us; check the name and the connection."
-        ) from error
-    if config.model_type != "gpt_oss":
-        raise DemoError(f"{path!r} is a {config.model_type} model, and the demo takes gpt_oss models only.")
+        config = Checkpoint.open(path).config
+    except CheckpointError as error:
+        raise DemoError(str(error)) from error
     if max_length > config.max_position_embeddings:
         raise DemoError(f"{path!r} takes {config.max_position_embeddings} tokens at most, not {max_length}.")
     heads = config.num_key_value_heads

@@ -32,7 +32,8 @@ def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) ->
     """Raise `LayoutError` unless the parameters that are to be held otherwise than now are there to be read."""
     for parameter in layout:
         form, how = layout.form(parameter), held.get(parameter, Held(Form()))
-        if form.new or (form.storage, form.splits) == (how.form.storage, how.form.splits):
+        stays = (form.storage, form.splits, not layout.axes) == (how.form.storage, how.form.splits, how.mesh is None)
+        if form.new or stays:
             continue
         for name in how.names(parameter):
             tensor = model.get_parameter(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -50,15 +50,6 @@ def _told(option: object) -> str:
     if isinstance(option, DeviceMesh):
         return f"axis {option.mesh_dim_names} of {option.size()} ranks"
     return repr(option)
-
-
-def why_held_otherwise(model: nn.Module) -> Iterator[str]:
-    """Say whether something else has made DTensors of the parameters."""
-    mesh = mesh_of(model)
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) and not (mesh and mesh.holds(parameter)):
-            yield f"{name} is a DTensor already, as after FSDP's fully_shard. Shard the model before that."
-            return
 
 
 def compute_locally(model: nn.Module, journal: Attachment) -> None:
@@ -151,7 +142,7 @@ class Sharding(Wrapper):
     def check(self, model: nn.Module) -> Iterable[str]:
         if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
             return [problem]
-        return [*why_held_otherwise(model), *self.why_not(model)]
+        return self.why_not(model)
 
     def confer(self, model: nn.Module | None, stack: Sequence[Spec], problems: Sequence[str]) -> list[str] | None:
         if not distributed.is_available() or not distributed.is_initialized():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import ClassVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import Attachment, Choice, Filler, Report, Target, choose, layout_of, mesh_of
+from ..core import Attachment, Choice, Filler, Report, choose, layout_of, mesh_of, takes_model
 from ..kernels.experts import DENSE_BACKENDS
 from ..layout import Layout
 from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
@@ -62,32 +62,14 @@ class ExpertParallel(Sharding):
         return Report((attach_placed_experts(model, layout_of(model), mesh, axis, self.dispatch, journal),))
 
 
-@overload
+@takes_model
 def shard_experts(
-    model: None = None,
     *,
     mesh: DeviceMesh | None = None,
     degree: int | None = None,
     dispatch: str = "all_reduce",
     placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
-) -> ExpertParallel: ...
-@overload
-def shard_experts(
-    model: Target,
-    *,
-    mesh: DeviceMesh | None = None,
-    degree: int | None = None,
-    dispatch: str = "all_reduce",
-    placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
-) -> Target: ...
-def shard_experts(
-    model: Any = None,
-    *,
-    mesh: DeviceMesh | None = None,
-    degree: int | None = None,
-    dispatch: str = "all_reduce",
-    placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
-) -> Any:
+) -> ExpertParallel:
     """Expert parallelism: each rank holds and computes some experts of every layer, and skips routes to the others.
 
     Parameters are DTensors, so that optimizers and `clip_grad_norm_` see the true ones; keys and shapes are those of
@@ -124,5 +106,4 @@ def shard_experts(
             raise TypeError(
                 f"shard_experts: placement is {placement!r}. Give 'contiguous', or for each layer and rank its experts."
             ) from error
-    wrapper = ExpertParallel(mesh=mesh, degree=degree, dispatch=dispatch, placement=placement)
-    return wrapper if model is None else wrapper(model)
+    return ExpertParallel(mesh=mesh, degree=degree, dispatch=dispatch, placement=placement)

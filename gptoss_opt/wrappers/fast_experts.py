@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import ClassVar
 
 from torch import nn
 
-from ..core import Attachment, Choice, Host, Phase, Report, Target, Wrapper, check_name, choose
+from ..core import Attachment, Choice, Host, Phase, Report, Wrapper, check_name, choose, takes_model
 from ..kernels.experts import DENSE_BACKENDS
 from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
 from ..model.host import GPT_OSS
@@ -38,11 +38,8 @@ class FastExperts(Wrapper):
         return Report(fill_experts(model, journal))
 
 
-@overload
-def with_fast_experts(model: None = None, *, backend: str = "auto") -> FastExperts: ...
-@overload
-def with_fast_experts(model: Target, *, backend: str = "auto") -> Target: ...
-def with_fast_experts(model: Any = None, *, backend: str = "auto") -> Any:
+@takes_model
+def with_fast_experts(*, backend: str = "auto") -> FastExperts:
     """Dense experts, grouped: tokens sorted by expert, one grouped product per projection, one weighted sum.
 
     Keeps weights, checkpoint and `generate` as they are; gradients reach everything. Any number of tokens, always in
@@ -66,5 +63,4 @@ def with_fast_experts(model: Any = None, *, backend: str = "auto") -> Any:
         >>> explain(model).rows[0].backend
         'torch'
     """
-    wrapper = FastExperts(backend=backend)
-    return wrapper if model is None else wrapper(model)
+    return FastExperts(backend=backend)

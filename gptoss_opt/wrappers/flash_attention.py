@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import ClassVar
 
 from torch import nn
 
-from ..core import Attachment, Choice, Host, Phase, Report, Target, Wrapper, check_name, choose
+from ..core import Attachment, Choice, Host, Phase, Report, Wrapper, check_name, choose, takes_model
 from ..kernels.attention import BACKENDS
 from ..model.attention import ATTENTION, attention_request, set_attention, why_no_flash
 from ..model.host import GPT_OSS
@@ -39,11 +39,8 @@ class FlashAttention(Wrapper):
         return Report(set_attention(model, journal.choice.backend, journal))
 
 
-@overload
-def with_flash_attention(model: None = None, *, backend: str = "auto") -> FlashAttention: ...
-@overload
-def with_flash_attention(model: Target, *, backend: str = "auto") -> Target: ...
-def with_flash_attention(model: Any = None, *, backend: str = "auto") -> Any:
+@takes_model
+def with_flash_attention(*, backend: str = "auto") -> FlashAttention:
     """Exact flash attention with sinks, forward and backward, on CPU and GPU. Memory grows linearly with length.
 
     Replaces eager attention in every layer, sliding and full. Keeps the weights, the checkpoint and `generate` as they
@@ -68,5 +65,4 @@ def with_flash_attention(model: Any = None, *, backend: str = "auto") -> Any:
         >>> model.generate(input_ids, max_new_tokens=3, do_sample=False).shape
         torch.Size([1, 11])
     """
-    wrapper = FlashAttention(backend=backend)
-    return wrapper if model is None else wrapper(model)
+    return FlashAttention(backend=backend)

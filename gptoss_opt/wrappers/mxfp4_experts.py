@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import ClassVar
 
 from torch import nn
 
-from ..core import Attachment, Choice, Host, Phase, Report, Target, Wrapper, check_name, choose, held_by
+from ..core import Attachment, Choice, Host, Phase, Report, Wrapper, check_name, choose, held_by, takes_model
 from ..kernels.experts import PACKED_BACKENDS
 from ..layout import MXFP4, Held, Layout
 from ..model.experts import (
@@ -65,11 +65,8 @@ def _packing(held: dict[str, Held]) -> list[str]:
     return lines + [f"{path} packed as MXFP4, SQNR: {', '.join(values)}" for path, values in lossy.items()]
 
 
-@overload
-def with_mxfp4_experts(model: None = None, *, backend: str = "auto") -> Mxfp4Experts: ...
-@overload
-def with_mxfp4_experts(model: Target, *, backend: str = "auto") -> Target: ...
-def with_mxfp4_experts(model: Any = None, *, backend: str = "auto") -> Any:
+@takes_model
+def with_mxfp4_experts(*, backend: str = "auto") -> Mxfp4Experts:
     """Expert weights as MXFP4, 4.25 bits each, in memory, in computation and on disk. On CPU and GPU.
 
     Replaces `gate_up_proj` and `down_proj` of every layer's experts by `..._blocks`, uint8 `[E, out, in / 32, 16]`, and
@@ -100,5 +97,4 @@ def with_mxfp4_experts(model: Any = None, *, backend: str = "auto") -> Any:
         >>> model.generate(input_ids, max_new_tokens=3, do_sample=False).shape
         torch.Size([1, 11])
     """
-    wrapper = Mxfp4Experts(backend=backend)
-    return wrapper if model is None else wrapper(model)
+    return Mxfp4Experts(backend=backend)

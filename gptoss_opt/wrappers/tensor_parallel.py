@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import ClassVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import Attachment, Report, Target, layout_of, mesh_of
+from ..core import Attachment, Report, layout_of, mesh_of, takes_model
 from ..layout import Layout
 from ..parallel.sharded import Sharding
 from ..parallel.tensor import (
@@ -49,32 +49,14 @@ class TensorParallel(Sharding):
         return Report(tuple(f"each forward, over axis {axis!r}: {line}" for line in met))
 
 
-@overload
+@takes_model
 def shard_tensor_parallel(
-    model: None = None,
     *,
     mesh: DeviceMesh | None = None,
     degree: int | None = None,
     experts: bool = True,
     lm_head: bool = True,
-) -> TensorParallel: ...
-@overload
-def shard_tensor_parallel(
-    model: Target,
-    *,
-    mesh: DeviceMesh | None = None,
-    degree: int | None = None,
-    experts: bool = True,
-    lm_head: bool = True,
-) -> Target: ...
-def shard_tensor_parallel(
-    model: Any = None,
-    *,
-    mesh: DeviceMesh | None = None,
-    degree: int | None = None,
-    experts: bool = True,
-    lm_head: bool = True,
-) -> Any:
+) -> TensorParallel:
     """Tensor parallelism: each rank holds and computes its part of every layer, for the same tokens.
 
     Attention is split by heads (q, k, v by column, o by row, sinks by head), the experts along their intermediate
@@ -106,5 +88,4 @@ def shard_tensor_parallel(
     Under `torchrun --nproc-per-node 2`, after `init_distributed()`: `model = shard_tensor_parallel(model)`, or
     `model = load(path, shard_tensor_parallel())`, which reads each rank's slices only.
     """
-    wrapper = TensorParallel(mesh=mesh, degree=degree, experts=experts, lm_head=lm_head)
-    return wrapper if model is None else wrapper(model)
+    return TensorParallel(mesh=mesh, degree=degree, experts=experts, lm_head=lm_head)

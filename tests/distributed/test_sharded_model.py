@@ -128,7 +128,8 @@ def loaded(path: Any, name: str, packed: bool, small: int | None) -> dict[str, A
     assert torch.equal(model(ids()).logits, after(ids()).logits)
     dtypes = {key: info.dtype.itemsize for key, info in Checkpoint.open(path).tensors.items()}
     mine = sum(p.to_local().numel() * dtypes.get(key, 0) for key, p in model.state_dict().items())
-    return {"read": sum(read), "mine": mine, "total": Checkpoint.open(path).total_bytes}
+    total = sum(info.num_bytes for info in Checkpoint.open(path).tensors.values())
+    return {"read": sum(read), "mine": mine, "total": total}
 
 
 @pytest.mark.parametrize("name", ["tensor parallel", "expert parallel", "placed experts", "both"])
@@ -398,7 +399,7 @@ REFUSALS = {
     "shared and own tokens": r"have tokens of their own by one wrapper .*Use dispatch='all_reduce', or give each",
     "what rank trains": r"disagree on parameter .*trained, sample .* on rank 0; .*frozen, sample .*and on \d+ more",
     "what rank holds": r"disagree on parameter .*sample .* on rank 0; .*sample .* on rank 1.*and on \d+ more",
-    "after FSDP": r"is a DTensor already, as after FSDP's fully_shard. Shard the model before that",
+    "after FSDP": r"is a DTensor, which something else has made of it .*Wrap and undo before that",
     "placement": r"the placement of layer 0 holds the experts \[0, 0, .*Name each of the 6 once",
     "layers": r"the placement is for 1 layers, and the model has 2",
     "a rank": r"the ranks disagree on config.num_hidden_layers: 2 on rank 0; 3 on rank 1",

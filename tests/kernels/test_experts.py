@@ -27,11 +27,8 @@ from gptoss_opt.kernels.experts import (
     ExpertsRequest,
     PackedWeights,
     Routes,
-    activation,
     experts,
 )
-from gptoss_opt.kernels.experts import dense as dense_op
-from gptoss_opt.kernels.experts import packed as packed_op
 from gptoss_opt.kernels.experts.impl.native import NATIVE as native
 from gptoss_opt.kernels.experts.impl.native import NATIVE_DENSE as native_dense
 from gptoss_opt.kernels.experts.impl.reference import REFERENCE as reference
@@ -534,8 +531,8 @@ def operands(name: str) -> tuple[Any, ...]:
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     x, d_y = torch.randn(7, 64), torch.randn(7, 6)
     return {
-        "packed_linear": (x.requires_grad_(), offsets, blocks, scales, torch.randn(3, 6, requires_grad=True)),
-        "packed_linear_backward": (d_y, offsets, blocks, scales),
+        "expert_linear": (x.requires_grad_(), offsets, blocks, scales, torch.randn(3, 6, requires_grad=True)),
+        "expert_linear_input_gradient": (d_y, offsets, blocks, scales),
         "clamped_swiglu": (torch.randn(5, 8, requires_grad=True), ALPHA, LIMIT),
         "clamped_swiglu_backward": (torch.randn(5, 4), torch.randn(5, 8), ALPHA, LIMIT),
     }[name]
@@ -543,11 +540,11 @@ def operands(name: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize(
-    "name", ["packed_linear", "packed_linear_backward", "clamped_swiglu", "clamped_swiglu_backward"]
+    "name", ["expert_linear", "expert_linear_input_gradient", "clamped_swiglu", "clamped_swiglu_backward"]
 )
 def test_opcheck(name: str, backend: str) -> None:
-    op = packed_op if name.startswith("packed") else activation
-    torch.library.opcheck(getattr(op, name), (*operands(name), backend))
+    op = getattr(torch.ops.gptoss_opt, name).default
+    torch.library.opcheck(op, (*operands(name), backend))
 
 
 # The dense reference looks at the routes as it goes.
@@ -576,10 +573,13 @@ def test_opcheck_of_dense_weights(backend: str) -> None:
         pytest.skip("this CPU has no AVX-512 BF16")
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     x, d_y, weight, bias = (torch.randn(size).to(dtype) for size in ((7, 64), (7, 32), (3, 64, 32), (3, 32)))
-    leaves = x.clone().requires_grad_(), offsets, weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    torch.library.opcheck(dense_op.dense_linear, (*leaves, backend))
-    torch.library.opcheck(dense_op.dense_linear_input_gradient, (d_y, offsets, weight, backend))
-    torch.library.opcheck(dense_op.dense_linear_weight_gradient, (d_y, offsets, x, 3))
+    x, weight, bias = (one.requires_grad_() for one in (x, weight, bias))
+    ops = torch.ops.gptoss_opt
+    torch.library.opcheck(ops.expert_linear.default, (x, offsets, weight, None, bias, backend))
+    torch.library.opcheck(
+        torch.ops.gptoss_opt.expert_linear_input_gradient.default, (d_y, offsets, weight.detach(), None, backend)
+    )
+    torch.library.opcheck(ops.expert_linear_weight_gradient.default, (d_y, offsets, x.detach(), 3))
 
 
 def largest_saved(run: Callable[..., Tensor], given: list[Tensor]) -> int:

@@ -80,7 +80,7 @@ LAYERS: dict[str, set[str]] = {
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
     "testing": set(),
-    "demo": {"table", "testing", "model", "serve", ""},
+    "demo": {"table", "testing", "model", "checkpoint", "serve", ""},
     "cli": {"demo", ""},
     "__main__": {"cli"},
     "__init__": {"checkpoint", "core", "distributed", "serve", "wrappers", "version"},
@@ -94,7 +94,7 @@ KNOWN = {
     "parallel": {"accelerate", "transformers"},
     "serve": {"psutil", "tqdm", "transformers"},
 }
-KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"safetensors", "transformers", "tqdm"}}
+KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"transformers", "tqdm"}}
 # Implementations import no sibling, but for a file of kernels that is theirs alone: (implementation, file).
 OWN_KERNELS = {("triton", "triton_kernels")}
 

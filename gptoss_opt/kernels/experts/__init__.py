@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from . import dense, packed
 from .activation import swiglu
-from .backends import DENSE_BACKENDS, DENSE_KERNELS, PACKED_BACKENDS, PACKED_KERNELS
+from .backends import DENSE_BACKENDS, PACKED_BACKENDS, kernel_of
 from .check import check
+from .linear import linear
 from .routes import Routes
 from .tracing import is_traced, needs_operator
 from .weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
@@ -55,11 +53,9 @@ def experts(
         torch.Size([7, 64])
     """
     check(x, indices, routing_weights, gate_up, down)
-    is_packed = isinstance(gate_up, PackedWeights)
-    kernel = PACKED_KERNELS[backend] if is_packed else DENSE_KERNELS[backend]
-    if kernel.fused and not needs_operator(x, routing_weights, *vars(gate_up).values(), *vars(down).values()):
-        return kernel.fused(x, indices, routing_weights, gate_up, down, alpha, limit)
-    linear: Callable[..., Tensor] = packed.linear if is_packed else dense.linear
+    fused = kernel_of(gate_up, backend).fused
+    if fused and not needs_operator(x, routing_weights, *vars(gate_up).values(), *vars(down).values()):
+        return fused(x, indices, routing_weights, gate_up, down, alpha, limit)
     # The dtype is that of the tokens, whatever autocast would make of plain products.
     with torch.autocast(x.device.type, enabled=False):
         routes = Routes.of(indices, gate_up.shape[0])

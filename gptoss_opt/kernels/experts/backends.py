@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -11,45 +11,42 @@ from .impl.native import NATIVE, NATIVE_DENSE
 from .impl.reference import REFERENCE, REFERENCE_DENSE
 from .impl.torch_grouped import TORCH_GROUPED
 from .impl.triton import TRITON
-from .weights import DenseWeights, ExpertWeights, PackedWeights
+from .weights import ExpertWeights, PackedWeights
 
 PACKED_BACKENDS = (TRITON, NATIVE, REFERENCE)
 DENSE_BACKENDS = (NATIVE_DENSE, TORCH_GROUPED, REFERENCE_DENSE)
 
-Weights = TypeVar("Weights", contravariant=True)
 Fused = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertWeights, float, float], Tensor]
 """All of `experts` in one call, without gradients."""
 
 
-class Kernel(Protocol[Weights]):
+class Kernel(Protocol):
     """The product with weights, and its gradient for the rows.
 
     Rows `x` [N, in] and `y` [N, out] are sorted by expert, those of expert `e` ending before `offsets[e]`, int32 [E].
     Rows after the last offset belong to no expert and give zeros. `fused` is there if one call can do all of it.
+    `as_operator` says whether a call must go through the operator of `linear`; otherwise it needs no gradient, or
+    autograd differentiates `forward` itself.
     """
 
     @property
     def fused(self) -> Fused | None: ...
-    def forward(self, x: Tensor, offsets: Tensor, weights: Weights) -> Tensor: ...
-    def backward(self, d_y: Tensor, offsets: Tensor, weights: Weights) -> Tensor: ...
+    def as_operator(self, x: Tensor, weights: Any) -> bool: ...
+    def forward(self, x: Tensor, offsets: Tensor, weights: Any) -> Tensor: ...
+    def backward(self, d_y: Tensor, offsets: Tensor, weights: Any) -> Tensor: ...
 
 
-class PackedKernel(Kernel[PackedWeights], Protocol):
+class PackedKernel(Kernel, Protocol):
     """The product with packed weights, and the activation, with its gradient as well."""
 
     def swiglu(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor: ...
     def swiglu_backward(self, d_h: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor: ...
 
 
-class DenseKernel(Kernel[DenseWeights], Protocol):
-    """The product with dense weights.
-
-    `as_operator` says whether a call must go through the operator of `dense`; otherwise autograd differentiates
-    `forward` itself.
-    """
-
-    def as_operator(self, x: Tensor, weights: DenseWeights) -> bool: ...
-
-
 PACKED_KERNELS: dict[str, PackedKernel] = {backend.name: backend for backend in PACKED_BACKENDS}
-DENSE_KERNELS: dict[str, DenseKernel] = {backend.name: backend for backend in DENSE_BACKENDS}
+DENSE_KERNELS: dict[str, Kernel] = {backend.name: backend for backend in DENSE_BACKENDS}
+
+
+def kernel_of(weights: ExpertWeights, backend: str) -> Kernel:
+    """The kernel of a backend for these weights."""
+    return PACKED_KERNELS[backend] if isinstance(weights, PackedWeights) else DENSE_KERNELS[backend]

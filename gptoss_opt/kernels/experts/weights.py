@@ -36,6 +36,11 @@ class DenseWeights:
         """E, in and out."""
         return self.weight.shape
 
+    @property
+    def tensors(self) -> tuple[Tensor, None]:
+        """The weights as `weights_of` takes them."""
+        return self.weight, None
+
     def expert(self, index: int, like: Tensor) -> Tensor:
         """The weights of one expert `[in, out]`, which must be in the dtype of `like` already."""
         return self.weight[index]
@@ -61,9 +66,19 @@ class PackedWeights:
         num_experts, num_out, num_blocks = self.scales.shape
         return num_experts, num_blocks * BLOCK, num_out
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The weights as `weights_of` takes them."""
+        return self.blocks, self.scales
+
     def expert(self, index: int, like: Tensor) -> Tensor:
         """The weights of one expert `[in, out]`, in the dtype of `like`."""
         return unpack(self.blocks[index], self.scales[index], like.dtype).T
 
 
 ExpertWeights = DenseWeights | PackedWeights
+
+
+def weights_of(weight: Tensor, scales: Tensor | None, bias: Tensor | None = None) -> ExpertWeights:
+    """Packed weights if there are scales, else dense ones."""
+    return DenseWeights(weight, bias) if scales is None else PackedWeights(weight, scales, bias)

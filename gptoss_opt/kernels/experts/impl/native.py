@@ -69,6 +69,9 @@ class Native:
         _check(status)
         return out.to(x.dtype)
 
+    def as_operator(self, x: Tensor, weights: ExpertWeights) -> bool:
+        return needs_operator(x, *vars(weights).values())
+
     def forward(
         self, x: Tensor, offsets: Tensor, weights: ExpertWeights, *, instruction_set: int | None = None
     ) -> Tensor:
@@ -103,9 +106,6 @@ class NativeDense(Native):
         if odd := [size for size in request.sizes if size % BLOCK]:
             return f"takes dense weights of sizes that are multiples of {BLOCK}, not {odd[0]}"
         return None
-
-    def as_operator(self, x: Tensor, weights: DenseWeights) -> bool:
-        return needs_operator(x, weights.weight, weights.bias)
 
 
 NATIVE, NATIVE_DENSE = Native(), NativeDense()

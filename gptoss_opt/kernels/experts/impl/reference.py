@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routes import of_expert
+from ..tracing import needs_operator
 from ..weights import ExpertsRequest, ExpertWeights
 
 
@@ -19,6 +20,9 @@ class Reference:
     def why_not(self, request: ExpertsRequest) -> str | None:
         """None: it runs everywhere."""
         return None
+
+    def as_operator(self, x: Tensor, weights: ExpertWeights) -> bool:
+        return needs_operator(x, *vars(weights).values())
 
     def forward(self, x: Tensor, offsets: Tensor, weights: ExpertWeights) -> Tensor:
         y = x.new_zeros(x.shape[0], weights.shape[2])

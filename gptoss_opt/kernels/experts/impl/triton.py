@@ -19,6 +19,7 @@ from torch.nn import functional
 from ...mxfp4 import BLOCK
 from ...triton import DTYPES, why_not
 from ..routes import add_bias
+from ..tracing import needs_operator
 from ..weights import ExpertsRequest, PackedWeights
 
 
@@ -83,6 +84,9 @@ class Triton:
         """The reason why it cannot serve, or None."""
         return why_not(request.device_type, request.dtype)
 
+    def as_operator(self, x: Tensor, weights: PackedWeights) -> bool:
+        return needs_operator(x, *vars(weights).values())
+
     def forward(self, x: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor:
         _check(x, offsets, weights, dim=1)
         num_experts, _, out_features = weights.shape
@@ -106,26 +110,14 @@ class Triton:
 
     def swiglu(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
         """In one pass, in float32 inside."""
-        assert gate_up.is_contiguous()
         h = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-        if h.numel():
-            grid = (_cdiv(h.numel(), PAIRS_PER_PROGRAM),)
-            with torch.cuda.device_of(gate_up):
-                _kernels().swiglu_kernel[grid](
-                    gate_up, h, h.numel(), float(alpha), float(limit), BLOCK=PAIRS_PER_PROGRAM
-                )
+        _activate("swiglu_kernel", alpha, limit, gate_up, h)
         return h
 
     def swiglu_backward(self, d_h: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-        assert gate_up.is_contiguous()
         assert gate_up.numel() == 2 * d_h.numel()
-        d_h, d_gate_up = d_h.contiguous(), torch.empty_like(gate_up)
-        if d_h.numel():
-            grid = (_cdiv(d_h.numel(), PAIRS_PER_PROGRAM),)
-            with torch.cuda.device_of(gate_up):
-                _kernels().swiglu_backward_kernel[grid](
-                    d_h, gate_up, d_gate_up, d_h.numel(), float(alpha), float(limit), BLOCK=PAIRS_PER_PROGRAM
-                )
+        d_gate_up = torch.empty_like(gate_up)
+        _activate("swiglu_backward_kernel", alpha, limit, d_h.contiguous(), gate_up, d_gate_up)
         return d_gate_up
 
 
@@ -205,6 +197,15 @@ def _launch(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
+
+
+def _activate(name: str, alpha: float, limit: float, *tensors: Tensor) -> None:
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    pairs = min(tensor.numel() for tensor in tensors)
+    if pairs:
+        with torch.cuda.device_of(tensors[0]):
+            kernel = getattr(_kernels(), name)[(_cdiv(pairs, PAIRS_PER_PROGRAM),)]
+            kernel(*tensors, pairs, float(alpha), float(limit), BLOCK=PAIRS_PER_PROGRAM)
 
 
 def _goes_dense(rows: Tensor, num_experts: int, out_features: int) -> bool:
