@@ -6,6 +6,9 @@ with no error. A key must not contain "flash" or "sdpa": transformers rewrites t
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +28,15 @@ from ..kernels.attention import (
     attention,
     starts_from_cu_seq_lens,
     starts_from_positions,
+    starts_from_segments,
 )
 from ..kernels.paged_attention import Paged, paged_attention
 from .host import config_paths
 from .modules import decoder_path
 
 KEY = "gptoss_opt:{}"
+
+logger = logging.getLogger(__name__)
 
 ATTENTION = "the attention computation"
 """A slot of a model: see `Wrapper`."""
@@ -92,7 +98,7 @@ def prepare_call(
             "Take the wrapper off first: undo(model, with_flash_attention)."
         )
     given = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
-    return args, {**kwargs, PACKING: Packing(given.get("position_ids"), _starts(given))}
+    return args, {**kwargs, PACKING: _packing(given)}
 
 
 @dataclass(eq=False)
@@ -102,29 +108,44 @@ class Packing:
     Attributes:
         positions: by which it was found; None if the decoder was given none.
         starts: integer [B or 1, T]; None if nothing is packed.
+        told: whether cumulative lengths or a mask told it, so that positions have nothing to say.
     """
 
-    positions: Tensor | None
-    starts: Tensor | None
+    positions: Tensor | None = None
+    starts: Tensor | None = None
+    told: bool = False
 
     def by(self, positions: Tensor | None, visible: Visible) -> Tensor | None:
         """Look again if a layer has other positions than the decoder was given, as after a hook of the user's."""
         traced = torch.compiler.is_compiling() and self.positions is None
-        if positions is not None and self.positions is not positions and not traced:
-            self.positions, self.starts = positions, _starts({"position_ids": positions, "attention_mask": visible})
+        if not self.told and positions is not None and self.positions is not positions and not traced:
+            self.positions, self.starts = positions, _starts_by_positions(positions, visible, None)
         return self.starts
 
 
-def _starts(given: Mapping[str, Any]) -> Tensor | None:
-    """Where the sequences of packed rows begin, integer [B or 1, T]; None if nothing is packed."""
+def _packing(given: Mapping[str, Any]) -> Packing:
     cu_q, cu_k = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
     positions, mask, cache = (given.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
+    tokens: Any = given.get("input_ids")
+    if tokens is None and given.get("inputs_embeds") is not None:
+        tokens = given["inputs_embeds"][..., 0]
     if cu_q is not None or cu_k is not None:
-        tokens = given.get("input_ids")
-        tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
         if not torch.compiler.is_compiling():
             _check_cu_seq_lens(cu_q, cu_k, tokens, cache)
-        return starts_from_cu_seq_lens(cast(Tensor, cu_q), tokens.shape[1])
+        return Packing(positions, starts_from_cu_seq_lens(cast(Tensor, cu_q), tokens.shape[1]), told=True)
+    starts = None
+    if isinstance(mask, Tensor) and mask.ndim == 2 and tokens is not None:
+        starts = _starts_by_mask(mask, cache, tokens.shape[1])
+        if starts is not None and not torch.compiler.is_compiling():
+            return Packing(positions, starts, told=True)
+    found = _starts_by_positions(positions, mask, cache)
+    if starts is not None:  # while tracing, where neither can be read: the mask may tell
+        found = starts if found is None else torch.maximum(starts, found)
+    return Packing(positions, found)
+
+
+def _starts_by_positions(positions: Tensor | None, mask: object, cache: Any) -> Tensor | None:
+    """Where the sequences of packed rows begin, integer [B or 1, T]; None if nothing is packed."""
     if isinstance(mask, Mapping):  # by kind of layer, made by `generate` or for pages: they see the same padding
         mask = next(iter(mask.values()))
     if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or isinstance(mask, Paged):
@@ -132,7 +153,19 @@ def _starts(given: Mapping[str, Any]) -> Tensor | None:
     # Reading the positions makes a GPU wait. While tracing they cannot be read: they may restart.
     if _readable(positions) and not bool((positions[:, 1:] <= positions[:, :-1]).any()):
         return None
-    return starts_from_positions(positions, _valid(mask, cache, positions))
+    starts = starts_from_positions(positions, _valid(mask, cache, positions))
+    if _readable(starts) and (mask is not None or cache is not None) and bool(starts.any()):
+        _say_once(
+            "position_ids restart beside an attention_mask or a cache, and with_flash_attention takes each restart for "
+            "a new sequence, which sees nothing before. If that is what you mean, say it without both, or by an "
+            "attention_mask that numbers the sequences; if not, give positions that grow."
+        )
+    return starts
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _valid(mask: object, cache: Any, positions: Tensor) -> Tensor | None:
@@ -147,6 +180,30 @@ def _valid(mask: object, cache: Any, positions: Tensor) -> Tensor | None:
     if not isinstance(first, Tensor):  # a mask that tells of fewer slots than there are is padded, as for attention
         mask = nn.functional.pad(mask, (0, max(first + num_queries - mask.shape[1], 0)))
     return mask.bool()[:, torch.arange(num_queries, device=mask.device) + first]
+
+
+def _starts_by_mask(mask: Tensor, cache: Any, num_queries: int) -> Tensor | None:
+    """Where packed sequences begin by the numbers that a mask [B, S] gives them, from 1 up."""
+    # Reading a mask makes a GPU wait, and a step that decodes has nothing to find: with a cache there are no numbers.
+    if mask.dtype == torch.bool or not mask.numel() or (num_queries == 1 and not mask.is_cpu):
+        return None
+    if not _readable(mask):
+        whole = cache is None and mask.shape[1] == num_queries and not mask.is_floating_point()
+        return starts_from_segments(mask) if whole else None
+    low, high = torch.stack(mask.aminmax()).tolist()
+    if low < 0 or not math.isfinite(high) or (mask.is_floating_point() and not bool((mask == mask.round()).all())):
+        raise ValueError(
+            f"attention_mask [batch, len] holds {low if low < 0 else high:g}. It is 0 for padding and 1 for tokens, or "
+            "of packed rows the number of each token's sequence, from 1 up."
+        )
+    if high <= 1:
+        return None
+    if cache is not None or mask.shape[1] != num_queries:
+        raise ValueError(
+            f"attention_mask numbers the sequences of packed rows, up to {high:g}, and these cannot continue a cache. "
+            "Give each row whole, with past_key_values=None, or a mask of 0 and 1."
+        )
+    return starts_from_segments(mask)
 
 
 def _check_cu_seq_lens(cu_q: Tensor | None, cu_k: Tensor | None, tokens: Tensor, cache: Any) -> None:
@@ -268,13 +325,11 @@ def attention_forward(
     if visible.keys is not None and visible.keys.shape[1] != key.shape[2]:
         raise ValueError(f"attention_mask tells of {visible.keys.shape[1]} tokens, but there are {key.shape[2]} keys.")
     if visible.mask is None and query.shape[2] > 1:
-        cu_q = kwargs.get("cu_seq_lens_q")
-        if gptoss_opt_packing is not None:
-            starts = gptoss_opt_packing.starts if cu_q is not None else gptoss_opt_packing.by(position_ids, visible)
-        elif cu_q is not None:  # a layer that is called by itself, without its decoder
-            starts = starts_from_cu_seq_lens(cu_q, query.shape[2])
-        else:
-            starts = Packing(None, None).by(position_ids, visible)
+        if gptoss_opt_packing is None:  # a layer that is called by itself, without its decoder
+            cu_q = kwargs.get("cu_seq_lens_q")
+            told = None if cu_q is None else starts_from_cu_seq_lens(cu_q, query.shape[2])
+            gptoss_opt_packing = Packing(starts=told, told=cu_q is not None)
+        starts = gptoss_opt_packing.by(position_ids, visible)
         if starts is not None:
             visible = visible._replace(starts=starts.expand(len(query), -1))
     out = attention(query, key, value, sinks, scale=scaling, window=sliding_window, visible=visible, backend=backend)

@@ -44,9 +44,9 @@ def with_flash_attention(*, backend: str = "auto") -> FlashAttention:
     """Exact flash attention with sinks, forward and backward, on CPU and GPU. Memory grows linearly with length.
 
     Replaces eager attention in every layer, sliding and full. Keeps the weights, the checkpoint and `generate` as they
-    are; gradients reach q, k, v and the sinks. Serves padding on either side, packed sequences (`position_ids` that
-    restart, or `cu_seq_lens_q`), DynamicCache and StaticCache, chunked prefill, your own 4-D mask, gradient
-    checkpointing and `torch.compile`. Queries in padding give zeros. Refuses `output_attentions=True` and dropout.
+    are; gradients reach q, k, v and the sinks. Serves padding anywhere, packed sequences (`position_ids` that restart,
+    an `attention_mask` that numbers them, or `cu_seq_lens_q`), DynamicCache and StaticCache, chunked prefill, your own
+    4-D mask, gradient checkpointing and `torch.compile`. Refuses `output_attentions=True` and dropout.
 
     Args:
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a

@@ -18,7 +18,7 @@ KV_HEADS = 2
 def products(num_queries: int, num_keys: int, window: int | None) -> int:
     """How many (query, key) pairs the tiles compute, per query head."""
     total = 0
-    for tile in tiles_of(Segment(0, 0, num_queries, 0, num_keys), window, KV_HEADS):
+    for tile in tiles_of(Segment(0, 0, num_queries, 0, num_keys, num_keys - num_queries), window, KV_HEADS):
         if isinstance(tile, Blocks):
             total += tile.count * tile.num_queries * tile.num_keys / KV_HEADS
         else:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, GptOssForCausalLM, StaticCache
 
 from gptoss_opt import BackendError, CompatibilityError, explain, stack_of, undo, with_flash_attention
+from gptoss_opt.model import attention as attention_module
 from tests.helpers import WINDOW, gradients, ids, loss_and_gradients, relative, tiny_config, tiny_model
 
 LENGTH = 4 * WINDOW + 3
@@ -52,16 +53,17 @@ def test_half_precision_is_as_close_to_float32_as_eager_is(dtype: torch.dtype) -
 def test_padding(side: str, backend: str) -> None:
     eager, fast = pair(backend=backend)
     mask = padded(side)
-    labels = ids(3, LENGTH).masked_fill(mask == 0, -100)
     inputs = {"input_ids": ids(3, LENGTH), "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     valid = mask.bool()
     expected = eager(**inputs).logits
-    assert relative(fast(**inputs).logits[valid], expected[valid]) < 1e-5
-    loss, wanted = loss_and_gradients(eager, labels=labels, **inputs)
-    fast_loss, found = loss_and_gradients(fast, labels=labels, **inputs)
-    torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
-    for name in wanted:
-        assert relative(found[name], wanted[name]) < 1e-4, name
+    assert relative(fast(**inputs).logits, expected) < 1e-5
+    # What padding predicts counts too, unless the labels say otherwise.
+    for labels in (ids(3, LENGTH), ids(3, LENGTH).masked_fill(mask == 0, -100)):
+        loss, wanted = loss_and_gradients(eager, labels=labels, **inputs)
+        fast_loss, found = loss_and_gradients(fast, labels=labels, **inputs)
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        for name in wanted:
+            assert relative(found[name], wanted[name]) < 1e-4, name
     if side == "left":
         # Negative control: without the mask the result is another.
         without = fast(ids(3, LENGTH), position_ids=torch.arange(LENGTH)[None]).logits
@@ -74,10 +76,38 @@ def test_padding_with_holes(backend: str) -> None:
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, 5:9] = 0
     mask[1, [0, 1, 20, 22]] = 0
-    valid = mask.bool()
     for positions in (None, (mask.cumsum(-1) - 1).clamp(min=0)):
         inputs = {"input_ids": ids(2, LENGTH), "attention_mask": mask, "position_ids": positions}
-        assert relative(fast(**inputs).logits[valid], eager(**inputs).logits[valid]) < 1e-5
+        assert relative(fast(**inputs).logits, eager(**inputs).logits) < 1e-5
+        loss, wanted = loss_and_gradients(eager, **inputs)
+        fast_loss, found = loss_and_gradients(fast, **inputs)
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        assert max(relative(found[name], wanted[name]) for name in wanted) < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_behind_virtual_tokens(backend: str) -> None:
+    """As in prefix tuning: a cache that no token stands for, then padding, then tokens."""
+    eager, fast = pair(backend=backend)
+    mask = torch.ones(2, 4 + 9, dtype=torch.long)
+    mask[0, 4:8] = 0
+
+    def run(model: GptOssForCausalLM, mask: torch.Tensor) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        model(ids(2, 4, seed=7), past_key_values=cache)
+        return model(ids(2, 9), attention_mask=mask, past_key_values=cache, labels=ids(2, 9)).loss
+
+    expected = run(eager, mask)
+    torch.testing.assert_close(run(fast, mask), expected, rtol=1e-5, atol=0)
+    # Negative control: padding that sees nothing at all predicts something else.
+    assert abs(run(eager, torch.ones_like(mask)) - expected) > 1e-3
+
+
+def test_right_padded_generate() -> None:
+    eager, fast = pair()
+    mask = padded("right")
+    inputs = {"input_ids": ids(3, LENGTH), "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(fast.generate(**inputs), eager.generate(**inputs))
 
 
 def test_padded_rows_equal_the_row_alone() -> None:
@@ -175,6 +205,49 @@ def test_packed_sequences_equal_separate_runs(how: str, backend: str) -> None:
         assert relative(found[name], wanted) < 1e-4, name
     # Negative control: one long sequence is something else.
     assert relative(model(tokens).logits, together) > 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_numbers_the_sequences_of_packed_rows(backend: str) -> None:
+    _, fast = pair(backend=backend)
+    tokens = ids(2, 12)
+    mask = torch.tensor([[1] * 5 + [2] * 7, [0, 0, 4, 4, 4, 0, 7, 7, 4, 4, 0, 0]])
+    together = fast(tokens, attention_mask=mask).logits
+    for row, part in ((0, slice(5)), (0, slice(5, 12)), (1, slice(2, 5)), (1, slice(6, 8)), (1, slice(8, 10))):
+        alone = fast(tokens[row, part][None]).logits[0]
+        assert relative(together[row, part], alone) < 1e-5
+    # Negative control: of ones, the second sees the first.
+    alone = fast(tokens[:1, 5:]).logits[0]
+    assert relative(fast(tokens, attention_mask=(mask > 0).long()).logits[0, 5:], alone) > 1e-3
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    assert relative(compiled(tokens, attention_mask=mask, use_cache=False).logits, together) < 1e-5
+
+
+def test_masks_that_say_what_cannot_be_done_are_refused() -> None:
+    _, fast = pair()
+    tokens = ids(1, 6)
+    numbered = torch.tensor([[1, 1, 1, 2, 2, 2]])
+    with pytest.raises(ValueError, match="numbers the sequences of packed rows, up to 2, and these cannot continue"):
+        fast.generate(tokens, attention_mask=numbered, max_new_tokens=2)
+    for wrong in (numbered - 2, numbered / 2, torch.full((1, 6), -torch.inf)):
+        with pytest.raises(ValueError, match=r"It is 0 for padding and 1 for tokens, or"):
+            fast(tokens, attention_mask=wrong)
+    ones = torch.ones(6, 6, dtype=torch.long).tril()[None, None]
+    with pytest.raises(ValueError, match=r"not torch.int64. Of zeros and ones give mask.bool\(\)"):
+        fast(tokens, attention_mask=ones)
+    assert relative(fast(tokens, attention_mask=ones.bool()).logits, fast(tokens).logits) < 1e-5
+
+
+def test_positions_that_restart_beside_a_mask_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    _, fast = pair()
+    attention_module._say_once.cache_clear()
+    grow, restart = torch.arange(6)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
+    fast(ids(1, 6), position_ids=restart)
+    fast(ids(1, 6), position_ids=grow, attention_mask=torch.ones(1, 6))
+    assert not caplog.records
+    for _ in range(2):
+        fast(ids(1, 6), position_ids=restart, attention_mask=torch.ones(1, 6))
+    assert [record.message[:45] for record in caplog.records] == ["position_ids restart beside an attention_mask"]
 
 
 def test_cu_seq_lens_alone_rule_over_positions() -> None:

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from .backends import BACKENDS, KERNELS, AttentionRequest
 from .impl.reference import reference_attention
 from .op import sink_attention
-from .visible import Rules, Visible, starts_from_cu_seq_lens, starts_from_positions
+from .visible import Rules, Visible, starts_from_cu_seq_lens, starts_from_positions, starts_from_segments
 
 
 def attention(
@@ -105,6 +105,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, win
         raise ValueError(f"visible.keys is bool, not {visible.keys.dtype}.")
     if (mask := visible.mask) is not None:
         fits = mask.ndim == 4 and mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"an attention mask is bool (True: may see) or floating point, which is added to the logits, and not "
+                f"{mask.dtype}. Of zeros and ones give mask.bool()."
+            )
         if not fits or mask.shape[2:] != (q.shape[2], k.shape[2]):
             raise ValueError(
                 f"an attention mask for {q.shape[2]} queries and {k.shape[2]} keys is [batch or 1, heads or 1, "

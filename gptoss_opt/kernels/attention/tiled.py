@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import decode
 from .tiles import Blocks, Rectangle, Tile, chunks_of, tiles_of
-from .visible import Rules, Visible, dense_mask, segments
+from .visible import Rules, Segment, Visible, dense_mask, segments
 
 
 class TileCall(NamedTuple):
@@ -51,13 +51,27 @@ def forward(kernel: TileKernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, 
     out = q.new_zeros(batch, num_queries, heads, dim).transpose(1, 2)
     # Before any key is seen there is only the sink. A trailing dim lets tiles treat it as they treat queries.
     lse = sinks.to(accumulator(q.dtype))[None, :, None, None].repeat(batch, 1, num_queries, 1)
+    see(kernel, q, k, v, out, lse, rules)
+    return out, lse.squeeze(-1)
+
+
+def see(
+    kernel: TileKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rules: Rules,
+    found: Sequence[Segment] | None = None,
+) -> None:
+    """Merge what the queries see (of these segments; of all, if it is left out) into `out` and `lse` [B, H, T, 1]."""
     queries, keys = _in_groups((q, out, lse), (k, v))
-    for tile, mask in _plan(q, k, rules):
+    for tile, mask in _plan(q, k, rules, found):
         q_tile, out_tile, lse_tile = map(tile.queries, queries)
         k_tile, v_tile = map(tile.keys, keys)
         part, part_lse = kernel.forward(q_tile, k_tile, v_tile, TileCall(mask, tile.causal, rules.scale))
         _merge(out_tile, lse_tile, part, part_lse[..., None], tile.first)
-    return out, lse.squeeze(-1)
 
 
 def backward(
@@ -70,8 +84,27 @@ def backward(
     # Heads of a group and neighbouring tiles add up in one key: sum them in at least float32.
     dk = k.new_zeros(k.shape, dtype=accumulator(k.dtype))
     dv = torch.zeros_like(dk)
+    see_backward(kernel, d_out, q, k, v, out, lse, dq, dk, dv, rules)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def see_backward(
+    kernel: TileKernel,
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    rules: Rules,
+    found: Sequence[Segment] | None = None,
+) -> None:
+    """Add the gradients of what the queries see to `dk` and `dv`, and put those of the queries into `dq`."""
     queries, keys = _in_groups((d_out, q, out, lse, dq), (k, v))
-    for tile, mask in _plan(q, k, rules):
+    for tile, mask in _plan(q, k, rules, found):
         d_out_tile, q_tile, out_tile, lse_tile, dq_tile = map(tile.queries, queries)
         k_tile, v_tile = map(tile.keys, keys)
         call = TileCall(mask, tile.causal, rules.scale)
@@ -82,7 +115,6 @@ def backward(
             dq_tile.add_(parts[0])
         tile.add_to_keys(dk, parts[1])
         tile.add_to_keys(dv, parts[2])
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -114,7 +146,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool
     lse.copy_(merged)
 
 
-def _plan(q: Tensor, k: Tensor, rules: Rules) -> Iterator[tuple[Tile, Tensor | None]]:
+def _plan(q: Tensor, k: Tensor, rules: Rules, found: Sequence[Segment] | None) -> Iterator[tuple[Tile, Tensor | None]]:
     batch, num_queries = q.shape[0], q.shape[2]
     num_kv_heads, num_keys = k.shape[1:3]
     _, window, visible = rules
@@ -124,12 +156,12 @@ def _plan(q: Tensor, k: Tensor, rules: Rules) -> Iterator[tuple[Tile, Tensor | N
         yield from _plan_mask(q, visible.mask, num_kv_heads, num_keys)
         return
     bands: dict[int, Tensor] = {}
-    for segment in segments(visible, batch, num_queries, num_keys):
-        if segment.holes:
-            for chunk in chunks_of(segment, window):
-                assert visible.keys is not None
-                # A chunk is aligned at the end of its segment, which has one start: only padding is left to say.
-                padding = Visible(keys=visible.keys[chunk.row : chunk.row + 1, chunk.k0 : chunk.k1])
+    for segment in segments(visible, batch, num_queries, num_keys) if found is None else found:
+        if segment.holes or (segment.behind and window is not None):
+            for chunk, before in chunks_of(segment, window):
+                # A chunk is of one sequence: only padding is left to say.
+                keys = None if visible.keys is None else visible.keys[chunk.row : chunk.row + 1, chunk.k0 : chunk.k1]
+                padding = Visible(torch.tensor(before, device=q.device), keys)
                 mask = dense_mask(padding, chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, window, q.device)
                 yield chunk, additive(mask, q.dtype)
             continue

@@ -86,9 +86,11 @@ Tile = Rectangle | Blocks
 
 
 def tiles_of(segment: Segment, window: int | None, num_kv_heads: int) -> list[Tile]:
-    """The tiles of a segment without holes."""
+    """The tiles of a segment without holes; of queries behind the keys only where there is no window."""
     row, q0, q1, k0, k1 = segment.row, segment.q0, segment.q1, segment.k0, segment.k1
-    shift = (k1 - k0) - (q1 - q0)
+    if segment.behind:
+        return [Rectangle(row, q0, q1, k0, k1)]
+    shift = segment.slot - k0
     if window is None or k1 - k0 <= window:
         own = Rectangle(row, q0, q1, k0 + shift, k1, causal=True, first=not shift)
         return [Rectangle(row, q0, q1, k0, k0 + shift), own] if shift else [own]
@@ -96,7 +98,7 @@ def tiles_of(segment: Segment, window: int | None, num_kv_heads: int) -> list[Ti
     # The first queries have not filled their window yet: to them the layer is a full one.
     head = max(0, window - 1 - shift)
     if head:
-        tiles += tiles_of(Segment(row, q0, q0 + head, k0, k0 + shift + head), None, num_kv_heads)
+        tiles += tiles_of(Segment(row, q0, q0 + head, k0, k0 + shift + head, segment.slot), None, num_kv_heads)
     q0, k0 = q0 + head, k0 + shift + head - (window - 1)
     count, tail = divmod(q1 - q0, BLOCK)
     if count:
@@ -106,11 +108,15 @@ def tiles_of(segment: Segment, window: int | None, num_kv_heads: int) -> list[Ti
     return tiles
 
 
-def chunks_of(segment: Segment, window: int | None) -> Iterator[Rectangle]:
-    """The tiles of a segment that needs an explicit mask: chunks of queries, so that memory stays linear."""
-    shift = (segment.k1 - segment.k0) - (segment.q1 - segment.q0)
+def chunks_of(segment: Segment, window: int | None) -> Iterator[tuple[Rectangle, int]]:
+    """The tiles of a segment that needs an explicit mask, in chunks of queries, so that memory stays linear.
+
+    With each comes how many of its keys lie before the slot of its first query.
+    """
     for begin in range(segment.q0, segment.q1, BLOCK):
         end = min(begin + BLOCK, segment.q1)
-        k1 = segment.k0 + shift + end - segment.q0
-        k0 = segment.k0 if window is None else max(segment.k0, k1 - (end - begin) - window + 1)
-        yield Rectangle(segment.row, begin, end, k0, k1)
+        slot = segment.slot + begin - segment.q0
+        k0 = segment.k0 if window is None else max(segment.k0, slot - window + 1)
+        k1 = min(segment.k1, slot + end - begin)
+        if k0 < k1:
+            yield Rectangle(segment.row, begin, end, k0, k1), slot - k0

@@ -2,13 +2,15 @@
 
 The kernel returns its log-sum-exp and has a separate backward. With L = logaddexp(lse, sink) the sinked output is
 `out * exp(lse - L)`; the backward is handed that output and L, which makes dq, dk and dv exact. What no such kernel can
-express goes through `tiled`: one query per row (decoding, where nothing may wait for the device), and masks.
+express goes through `tiled`: one query per row (decoding, where nothing may wait for the device), masks, rows with
+padding between their tokens, and the queries of padding at the end.
 
 Shapes: B batch, H query heads, N key/value heads, T queries, S keys, D head dim, P packed tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import tiled
-from .visible import Rules, segments
+from .visible import Rules, Segment, segments
 
 
 class VarlenCall(NamedTuple):
@@ -50,11 +52,15 @@ class VarlenKernel(Protocol):
 
 
 class Packing(NamedTuple):
-    """Which tokens of [B, T] and [B, S] are packed, in order (None: all of them), and what to ask of the kernel."""
+    """Which tokens of [B, T] and [B, S] are packed, in order (None: all of them), and what to ask of the kernel.
+
+    What cannot be packed is in `others`.
+    """
 
     queries: Tensor | None
     keys: Tensor | None
     call: VarlenCall
+    others: Sequence[Segment] = ()
 
 
 def _pack(x: Tensor, tokens: Tensor | None) -> Tensor:
@@ -75,8 +81,9 @@ def _plan(q: Tensor, k: Tensor, rules: Rules) -> Packing | None:
     num_queries, num_keys, device = q.shape[2], k.shape[2], q.device
     if rules.visible.mask is not None or num_queries == 1 or not q.numel():
         return None
-    found = segments(rules.visible, q.shape[0], num_queries, num_keys)
-    if not found or any(segment.holes for segment in found):
+    everything = segments(rules.visible, q.shape[0], num_queries, num_keys)
+    found = [segment for segment in everything if not segment.holes and not segment.behind]
+    if not found:
         return None
     q_lengths = [segment.q1 - segment.q0 for segment in found]
     k_lengths = [segment.k1 - segment.k0 for segment in found]
@@ -88,7 +95,8 @@ def _plan(q: Tensor, k: Tensor, rules: Rules) -> Packing | None:
         return Packing(None, None, call)
     queries = [torch.arange(s.q0, s.q1) + s.row * num_queries for s in found]
     keys = [torch.arange(s.k0, s.k1) + s.row * num_keys for s in found]
-    return Packing(torch.cat(queries).to(device), torch.cat(keys).to(device), call)
+    others = [segment for segment in everything if segment not in found]
+    return Packing(torch.cat(queries).to(device), torch.cat(keys).to(device), call, others)
 
 
 def forward(
@@ -110,7 +118,10 @@ def forward(
         # A query that sees no key sees the sink.
         flat = sinks.to(packed_lse.dtype)[:, None].repeat(1, batch * num_queries)
         packed_lse = flat.index_copy_(1, packing.queries, packed_lse)
-    return out, packed_lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
+    lse = packed_lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
+    if packing.others:
+        tiled.see(masked, q, k, v, out, lse[..., None], rules, packing.others)
+    return out, lse
 
 
 def backward(
@@ -136,8 +147,9 @@ def backward(
     dq, dk, dv = kernel.backward(
         d_out_packed, q_packed, k_packed, v_packed, out_packed, lse_packed.contiguous(), packing.call
     )
-    return (
-        _unpack(dq, packing.queries, q.shape[0], q.shape[2]),
-        _unpack(dk, packing.keys, k.shape[0], k.shape[2]),
-        _unpack(dv, packing.keys, k.shape[0], k.shape[2]),
-    )
+    dq = _unpack(dq, packing.queries, q.shape[0], q.shape[2])
+    dk, dv = (_unpack(x, packing.keys, k.shape[0], k.shape[2]) for x in (dk, dv))
+    if packing.others:
+        dk, dv = (x.to(tiled.accumulator(x.dtype)) for x in (dk, dv))
+        tiled.see_backward(masked, d_out, q, k, v, out, lse, dq, dk, dv, rules, packing.others)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)

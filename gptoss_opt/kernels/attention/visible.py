@@ -16,7 +16,7 @@ class Visible(NamedTuple):
     """What restricts attention besides causality and the window. All fields None: plain causal, aligned at the end.
 
     Query `i` sits in key slot `q_start + i` and sees the slots up to its own, from where its sequence starts, except
-    padding. A query in a padding slot sees nothing: its output is zero.
+    padding; a query in a padding slot does too. One that sees nothing sees its sink: its output is zero.
 
     A NamedTuple of tensors, so that it passes wherever a mask does: gradient checkpointing, device hooks, tracing.
 
@@ -60,9 +60,12 @@ class Rules(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries `q0..q1` of batch row `row` see keys `k0..k1`, causally, the last query aligned with the last key.
+    """Queries `q0..q1` of batch row `row` see keys `k0..k1`, each those up to its own slot.
 
-    `holes` says that there is padding between the keys.
+    Attributes:
+        slot: that of the first query. Either the last query sits in that of the last key, or all sit behind it, which
+            are the queries of padding at the end.
+        holes: whether there is padding between the keys.
     """
 
     row: int
@@ -70,7 +73,13 @@ class Segment:
     q1: int
     k0: int
     k1: int
+    slot: int
     holes: bool = False
+
+    @property
+    def behind(self) -> bool:
+        """Whether all queries sit behind the last key."""
+        return self.slot >= self.k1
 
 
 def dense_mask(visible: Visible, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -84,7 +93,7 @@ def dense_mask(visible: Visible, num_queries: int, num_keys: int, window: int | 
         start = torch.where(visible.starts == 0, 0, visible.starts + slot[0])
         mask = mask & (key >= start[:, :, None])
     if visible.keys is not None:
-        mask = mask & visible.keys[:, None, :] & visible.keys[:, slot][:, :, None]
+        mask = mask & visible.keys[:, None, :]
     return mask[:, None]
 
 
@@ -104,7 +113,7 @@ def first_slot(visible: Visible, num_queries: int, num_keys: int) -> int:
 
 
 def segments(visible: Visible, batch: int, num_queries: int, num_keys: int) -> list[Segment]:
-    """Cut attention into plain causal problems: one for each batch row and packed sequence, without the padding.
+    """Cut attention into plain causal problems: for each batch row and packed sequence one, and one for padding behind.
 
     Reads the tensors of `visible` (on a GPU this waits for the device). Not for `visible.mask`.
     """
@@ -117,7 +126,10 @@ def segments(visible: Visible, batch: int, num_queries: int, num_keys: int) -> l
             k0 = max(low, p + begin if begin else 0)
             q0, q1 = max(begin, low - p), min(end, high - p)
             if q0 < q1:
-                found.append(Segment(row, q0, q1, k0, p + q1, holes))
+                found.append(Segment(row, q0, q1, k0, p + q1, p + q0, holes))
+            q0 = max(begin, high - p)
+            if q0 < end and k0 < high:
+                found.append(Segment(row, q0, end, k0, high, p + q0, holes))
     return found
 
 
@@ -146,15 +158,36 @@ def starts_from_positions(position_ids: Tensor, valid: Tensor | None = None) -> 
     A sequence begins where the position does not grow. Positions of padding are arbitrary: with `valid` (bool [B, T],
     False is padding) a token is compared with the last valid one before it.
     """
-    index = torch.arange(position_ids.shape[1], device=position_ids.device)
     if valid is None:
         valid = torch.ones_like(position_ids, dtype=torch.bool)
-    # The last valid token up to each one; -1 before the first.
-    last = torch.where(valid, index, -1).cummax(-1).values if index.numel() else index.expand(len(valid), -1)
-    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
-    grows = position_ids > position_ids.expand(len(valid), -1).gather(-1, before.clamp(min=0))
-    begins = valid & (before >= 0) & ~grows
-    return torch.where(begins, index, 0).cummax(-1).values if index.numel() else begins.long()
+    before = _before(valid)
+    position_ids = position_ids.expand(len(valid), -1)
+    restarts = position_ids <= position_ids.gather(-1, before.clamp(min=0))
+    return _last(valid & (before >= 0) & restarts, 0)
+
+
+def starts_from_segments(segment_ids: Tensor) -> Tensor:
+    """Where each token's sequence begins, given the numbers of packed sequences [B, T], from 1 up: integer [B, T].
+
+    0 is padding, which belongs to the sequence before it. A sequence begins where the number is another than that of
+    the last token before.
+    """
+    valid = segment_ids > 0
+    before = _before(valid)
+    differs = segment_ids != segment_ids.gather(-1, before.clamp(min=0))
+    return _last(valid & (before >= 0) & differs, 0)
+
+
+def _before(valid: Tensor) -> Tensor:
+    """The last valid token before each one of bool [B, T]; -1 where there is none."""
+    return torch.nn.functional.pad(_last(valid, -1)[:, :-1], (1, 0), value=-1) if valid.shape[1] else valid.long()
+
+
+def _last(marks: Tensor, missing: int) -> Tensor:
+    """For each place of bool [B, T] the last one up to it that is marked."""
+    if not marks.shape[1]:
+        return marks.long()
+    return torch.where(marks, torch.arange(marks.shape[1], device=marks.device), missing).cummax(-1).values
 
 
 def starts_from_cu_seq_lens(cu_seq_lens: Tensor, num_queries: int) -> Tensor:
