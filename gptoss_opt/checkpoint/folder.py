@@ -11,7 +11,9 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GptOssConfig
 
+from ..model.build import class_of
 from ..model.host import MODEL_TYPE
+from .numbers import wrong_numbers
 from .reader import DAMAGED, CheckpointError, TensorInfo, as_checkpoint_errors, parse_object, read_header, read_tensor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -134,9 +136,16 @@ def _config(folder: Path) -> GptOssConfig:
     if model_type != MODEL_TYPE:
         raise CheckpointError(f"{file}: model_type is {model_type!r}. Give a checkpoint of a {MODEL_TYPE} model.")
     try:
-        return GptOssConfig.from_pretrained(folder)
+        config = GptOssConfig.from_pretrained(folder)
     except Exception as error:  # its validation has error classes of its own, which are not ValueErrors
         raise CheckpointError(f"{file}: no valid config ({_line(error)}). Correct it or download it again.") from error
+    for key, value, wanted in wrong_numbers(config):
+        raise CheckpointError(f"{file}: {key} is {value!r}, and must be {wanted}. Correct it or download it again.")
+    try:
+        class_of(config)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}. Correct it or download it again.") from error
+    return config
 
 
 def _tensors(folder: Path, weights: object) -> dict[str, TensorInfo]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import cast
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GptOssForCausalLM
+from transformers import GptOssForCausalLM, PreTrainedModel
 
 from ..core import Stack, Wrapper, compose
 from ..core.apply import apply
@@ -24,7 +25,7 @@ def load(
     path_or_id: str | os.PathLike[str],
     *wrappers: Wrapper | Stack,
     device: torch.device | str | int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
 ) -> GptOssForCausalLM:
     """Load a GPT-OSS checkpoint with its wrappers. Equal, bit for bit, to `from_pretrained` and then the wrappers.
 
@@ -37,10 +38,11 @@ def load(
             and offline (HF_HUB_OFFLINE=1) nothing else.
         *wrappers: wrappers and stacks, in any order.
         device: where the weights go; the CPU if it is left out.
-        dtype: of all weights that are not packed: bfloat16, float32 or float64.
+        dtype: of all weights that are not packed: bfloat16, float32 or float64, also by name; "auto" is what
+            config.json says, else what the first floating point tensor of the files is.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode: of the class that `architectures` in config.json names, by default GptOssForCausalLM.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not hold what the model needs. Names file and key.
@@ -54,13 +56,16 @@ def load(
         >>> model.dtype
         torch.bfloat16
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"load: dtype is {dtype}. Use one of {', '.join(map(str, DTYPES))}; float16 overflows.")
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and named not in DTYPES:
+        known = ", ".join(map(str, DTYPES))
+        raise ValueError(f"load: dtype is {dtype}. Use one of {known}; float16 overflows. Or 'auto', or a name.")
     stack = compose(*wrappers)
     try:
         checkpoint = Checkpoint.open(path_or_id)
         _check_quantization(checkpoint)
-        model = build(checkpoint.folder, checkpoint.config, _usable("cpu" if device is None else device), dtype)
+        kind = _dtype_of(checkpoint) if dtype == "auto" else cast(torch.dtype, named)
+        model = _built(checkpoint, _usable("cpu" if device is None else device), kind)
         weights = Weights.of(checkpoint, model)
     except Exception as error:
         # The other processes are about to agree on the stack, and this one has no model to apply it to.
@@ -68,7 +73,17 @@ def load(
         raise
     with tqdm(desc="loading", unit="B", unit_scale=True, delay=1) as bar:
         apply(model, stack.wrappers, replace(weights, bar=bar))
-    return model
+    return cast(GptOssForCausalLM, model)
+
+
+def _built(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return build(checkpoint.folder, checkpoint.config, device, dtype)
+    except Exception as error:  # those of transformers' constructor, which may be any
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: transformers cannot build a model of it ({type(error).__name__}: "
+            f"{error}). Correct it or download it again."
+        ) from error
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:
@@ -79,6 +94,18 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder / 'config.json'}: quantization_config names the method {method!r}, and load reads "
             "MXFP4 and dense checkpoints. Load it with transformers, dequantise it, and save it."
         )
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """What `from_pretrained` takes for "auto"."""
+    found = [info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point]
+    said = getattr(checkpoint.config, "dtype", None) or next(iter(found), torch.bfloat16)
+    dtype = getattr(torch, said, None) if isinstance(said, str) else said
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are {said}. Give load a dtype: {', '.join(map(str, DTYPES))}."
+        )
+    return cast(torch.dtype, dtype)
 
 
 def _usable(device: torch.device | str | int) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..core import held_by, layout_of, mesh_of
 from ..layout import Split
+from ..model.saving import config_to_save
 from .writer import write_files
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -141,7 +141,7 @@ def _write(
     tensors: Iterator[tuple[str, Tensor | None]],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.config)  # that of all ranks stays the same
+    config = config_to_save(model)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)

@@ -130,9 +130,8 @@ def _attach_all(model: nn.Module, record: Record, target: Resolved, states: Mapp
                 wrapper.host.own_config(model, record.own[-1][1])
             fillers = [fill for slot, fill in wrapper.defaults.items() if held[slot] == wrapper]
             _attach(fillers, model, one)
-    if new := record.layout.new:
-        for host, _ in record.own:
-            host.tell_new(new, model, record.told)
+    for host, _ in record.own if record.applied else ():
+        host.tell_new(record.layout.new, model, record.told)
 
 
 def _attach(fillers: Sequence[Filler], model: nn.Module, one: Attachment) -> None:

@@ -49,7 +49,7 @@ class Host:
         """Undo `own_config`, unless the user's own changes would be lost."""
 
     def tell_new(self, parameters: Sequence[str], model: nn.Module, journal: Journal) -> None:
-        """Tell the model which of its parameters wrappers brought: they are none of its own checkpoint."""
+        """Tell the model, whenever it was wrapped, how it is saved now, and which `parameters` wrappers brought."""
 
 
 Filler = Callable[[nn.Module, "Attachment"], Iterable[str] | None]

@@ -10,7 +10,7 @@ from .collectives import (
     exchange_counts,
     mean_gradient,
 )
-from .local import Rule, attributes, with_local_parameters
+from .local import Rule, attributes, refuse_foreign, with_local_parameters
 from .mesh import axis_of, bound_axis, check_axis, init_distributed, ranks_of, why_no_axis
 from .model_mesh import ModelMesh, Region
 from .split import balance_experts, split

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,40 @@ def with_local_parameters(
     """The forward of a module in which its parameters are what this rank holds of them."""
     parameters: Mapping[str, Tensor | None] = module._parameters
     local = {name: _local(p) for name, p in parameters.items() if isinstance(p, DTensor)}
+    if len(local) < len(parameters):
+        _refuse(name for name, p in parameters.items() if p is not None and name not in local)
     for name in local:  # in one order on all ranks, as gradients meet in the reverse of it
         if name in rules:
             local[name] = rules[name](local[name])
     with attributes(module, local):
         return inner(*args, **kwargs)
+
+
+_LOOKED_AT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+"""The children that modules had when they were last looked at."""
+
+
+def refuse_foreign(module: nn.Module) -> None:
+    """Raise `ValueError` if something was put into a module of which each rank computes a part.
+
+    It would see that part alone, and so would its gradients.
+    """
+    children = tuple(map(id, module._modules.values()))
+    if _LOOKED_AT.get(module, ()) == children:
+        return
+    if "parametrizations" in module._modules:
+        _refuse(getattr(module, "parametrizations"))  # noqa: B009
+    _refuse(name for name, p in module.named_parameters() if not isinstance(p, DTensor))
+    _LOOKED_AT[module] = children
+
+
+def _refuse(foreign: Iterable[str]) -> None:
+    if names := list(foreign):
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise ValueError(
+            f"{names[0]}{more} was put into a module that is spread over ranks, or moved there, and would be trained "
+            "wrong. Take it out again (peft: unload()). shard_experts alone leaves attention whole, to be adapted."
+        )
 
 
 def _local(parameter: DTensor) -> Tensor:

@@ -6,11 +6,8 @@ with no error. A key must not contain "flash" or "sdpa": transformers rewrites t
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from ..core import Journal
 from ..kernels.attention import (
@@ -26,13 +24,13 @@ from ..kernels.attention import (
     AttentionRequest,
     Visible,
     attention,
+    dense_mask,
     starts_from_cu_seq_lens,
-    starts_from_positions,
-    starts_from_segments,
 )
 from ..kernels.paged_attention import Paged, paged_attention
 from .host import config_paths
-from .modules import decoder_path
+from .modules import NO_LAYERS, WRAPPED, attention_modules, decoder_path, execution_device
+from .packing import Packing, packing_of, readable
 
 KEY = "gptoss_opt:{}"
 
@@ -48,12 +46,15 @@ PACKING = "gptoss_opt_packing"
 def attention_request(model: nn.Module) -> AttentionRequest:
     """What a backend must serve on this model."""
     layer = cast(Any, model).base_model.layers[0].self_attn
-    return AttentionRequest(layer.q_proj.weight.device.type, layer.q_proj.weight.dtype, layer.head_dim)
+    weight = layer.q_proj.weight
+    return AttentionRequest(execution_device(layer.q_proj, weight).type, weight.dtype, layer.head_dim)
 
 
 def why_no_flash(model: nn.Module) -> Iterator[str]:
     """Say what this model asks of attention that no flash kernel does."""
     config = cast(PreTrainedModel, model).config
+    if not attention_modules(model):
+        yield NO_LAYERS
     if config.attention_dropout:
         yield (
             f"attention_dropout is {config.attention_dropout}, and no flash kernel here has dropout. "
@@ -73,6 +74,8 @@ def set_attention(model: nn.Module, backend: str, journal: Journal) -> tuple[str
     before, key = cast(PreTrainedModel, model).config._attn_implementation, KEY.format(backend)
     for path in config_paths(model):
         journal.set(model, path, "_attn_implementation", key)
+    for path, _ in attention_modules(model):
+        journal.set(model, path, WRAPPED, True)
     path = decoder_path(model)
     journal.add_pre_hook(model, path, prepare_call)
     return (
@@ -98,132 +101,7 @@ def prepare_call(
             "Take the wrapper off first: undo(model, with_flash_attention)."
         )
     given = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
-    return args, {**kwargs, PACKING: _packing(given)}
-
-
-@dataclass(eq=False)
-class Packing:
-    """Where the sequences of packed rows begin, found once for all layers.
-
-    Attributes:
-        positions: by which it was found; None if the decoder was given none.
-        starts: integer [B or 1, T]; None if nothing is packed.
-        told: whether cumulative lengths or a mask told it, so that positions have nothing to say.
-    """
-
-    positions: Tensor | None = None
-    starts: Tensor | None = None
-    told: bool = False
-
-    def by(self, positions: Tensor | None, visible: Visible) -> Tensor | None:
-        """Look again if a layer has other positions than the decoder was given, as after a hook of the user's."""
-        traced = torch.compiler.is_compiling() and self.positions is None
-        if not self.told and positions is not None and self.positions is not positions and not traced:
-            self.positions, self.starts = positions, _starts_by_positions(positions, visible, None)
-        return self.starts
-
-
-def _packing(given: Mapping[str, Any]) -> Packing:
-    cu_q, cu_k = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
-    positions, mask, cache = (given.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
-    tokens: Any = given.get("input_ids")
-    if tokens is None and given.get("inputs_embeds") is not None:
-        tokens = given["inputs_embeds"][..., 0]
-    if cu_q is not None or cu_k is not None:
-        if not torch.compiler.is_compiling():
-            _check_cu_seq_lens(cu_q, cu_k, tokens, cache)
-        return Packing(positions, starts_from_cu_seq_lens(cast(Tensor, cu_q), tokens.shape[1]), told=True)
-    starts = None
-    if isinstance(mask, Tensor) and mask.ndim == 2 and tokens is not None:
-        starts = _starts_by_mask(mask, cache, tokens.shape[1])
-        if starts is not None and not torch.compiler.is_compiling():
-            return Packing(positions, starts, told=True)
-    found = _starts_by_positions(positions, mask, cache)
-    if starts is not None:  # while tracing, where neither can be read: the mask may tell
-        found = starts if found is None else torch.maximum(starts, found)
-    return Packing(positions, found)
-
-
-def _starts_by_positions(positions: Tensor | None, mask: object, cache: Any) -> Tensor | None:
-    """Where the sequences of packed rows begin, integer [B or 1, T]; None if nothing is packed."""
-    if isinstance(mask, Mapping):  # by kind of layer, made by `generate` or for pages: they see the same padding
-        mask = next(iter(mask.values()))
-    if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or isinstance(mask, Paged):
-        return None
-    # Reading the positions makes a GPU wait. While tracing they cannot be read: they may restart.
-    if _readable(positions) and not bool((positions[:, 1:] <= positions[:, :-1]).any()):
-        return None
-    starts = starts_from_positions(positions, _valid(mask, cache, positions))
-    if _readable(starts) and (mask is not None or cache is not None) and bool(starts.any()):
-        _say_once(
-            "position_ids restart beside an attention_mask or a cache, and with_flash_attention takes each restart for "
-            "a new sequence, which sees nothing before. If that is what you mean, say it without both, or by an "
-            "attention_mask that numbers the sequences; if not, give positions that grow."
-        )
-    return starts
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _valid(mask: object, cache: Any, positions: Tensor) -> Tensor | None:
-    """Which of the tokens of these positions [B, T] are no padding, bool; None if all are."""
-    num_queries = positions.shape[1]
-    first: Any = cache.get_seq_length() if cache is not None else 0
-    if isinstance(mask, Visible):
-        first, mask = mask.q_start, mask.keys
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    first = mask.shape[1] - num_queries if first is None else first
-    if not isinstance(first, Tensor):  # a mask that tells of fewer slots than there are is padded, as for attention
-        mask = nn.functional.pad(mask, (0, max(first + num_queries - mask.shape[1], 0)))
-    return mask.bool()[:, torch.arange(num_queries, device=mask.device) + first]
-
-
-def _starts_by_mask(mask: Tensor, cache: Any, num_queries: int) -> Tensor | None:
-    """Where packed sequences begin by the numbers that a mask [B, S] gives them, from 1 up."""
-    # Reading a mask makes a GPU wait, and a step that decodes has nothing to find: with a cache there are no numbers.
-    if mask.dtype == torch.bool or not mask.numel() or (num_queries == 1 and not mask.is_cpu):
-        return None
-    if not _readable(mask):
-        whole = cache is None and mask.shape[1] == num_queries and not mask.is_floating_point()
-        return starts_from_segments(mask) if whole else None
-    low, high = torch.stack(mask.aminmax()).tolist()
-    if low < 0 or not math.isfinite(high) or (mask.is_floating_point() and not bool((mask == mask.round()).all())):
-        raise ValueError(
-            f"attention_mask [batch, len] holds {low if low < 0 else high:g}. It is 0 for padding and 1 for tokens, or "
-            "of packed rows the number of each token's sequence, from 1 up."
-        )
-    if high <= 1:
-        return None
-    if cache is not None or mask.shape[1] != num_queries:
-        raise ValueError(
-            f"attention_mask numbers the sequences of packed rows, up to {high:g}, and these cannot continue a cache. "
-            "Give each row whole, with past_key_values=None, or a mask of 0 and 1."
-        )
-    return starts_from_segments(mask)
-
-
-def _check_cu_seq_lens(cu_q: Tensor | None, cu_k: Tensor | None, tokens: Tensor, cache: Any) -> None:
-    if cu_q is None:
-        raise ValueError("cu_seq_lens_k was given without cu_seq_lens_q: give both.")
-    batch, length = tokens.shape
-    if batch != 1:
-        raise ValueError(f"cu_seq_lens_q packs sequences into one row, but the batch has {batch} rows.")
-    if not isinstance(cu_q, Tensor) or cu_q.ndim != 1 or cu_q.is_floating_point():
-        raise ValueError("cu_seq_lens_q is an integer tensor [num_sequences + 1] of cumulative lengths.")
-    values = cu_q.tolist()
-    if not values or values[0] != 0 or values[-1] > length or values != sorted(values):
-        raise ValueError(f"cu_seq_lens_q must grow from 0 to at most the {length} tokens of the row, not {values}.")
-    if cu_k is not None and cu_k is not cu_q and cu_k.tolist() != values:
-        raise ValueError(
-            "cu_seq_lens_k differs from cu_seq_lens_q: packed sequences that continue a cache are not supported. "
-            "Give each packed sequence whole, without a cache."
-        )
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError("packed sequences (cu_seq_lens_q) cannot continue a cache: give each whole, without one.")
+    return args, {**kwargs, PACKING: packing_of(given)}
 
 
 def mask_for_attention(
@@ -276,7 +154,7 @@ def _key_mask(
         )
     # Reading the mask makes a GPU wait, and would break the capture of a decode step.
     read = attention_mask.is_cpu or q_length > 1
-    if read and _readable(attention_mask) and bool(attention_mask.all()):
+    if read and readable(attention_mask) and bool(attention_mask.all()):
         return None
     # Slots of a static cache that are still empty lie beyond the mask; causality hides them, so any value will do.
     missing = kv_length + kv_offset - attention_mask.shape[1]
@@ -298,8 +176,10 @@ def attention_forward(
     position_ids: Tensor | None = None,
     gptoss_opt_packing: Packing | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [B, H, T, D] to ([B, T, H, D], no weights)."""
+    if WRAPPED not in module.__dict__:
+        return _eager(module, query, key, value, attention_mask, scaling, dropout, sliding_window)
     if dropout:
         raise ValueError(f"with_flash_attention has no dropout, but attention_dropout is {dropout}: set it to 0.0.")
     if kwargs.get("cache") is not None:
@@ -322,6 +202,9 @@ def attention_forward(
         )
         return out, None
     visible = attention_mask if isinstance(attention_mask, Visible) else Visible(mask=attention_mask)
+    if visible.keys is not None and sliding_window == 1:
+        # transformers' cache means to keep no key for a window of one, and keeps all.
+        key, value = (x[:, :, -visible.keys.shape[1] :] for x in (key, value))
     if visible.keys is not None and visible.keys.shape[1] != key.shape[2]:
         raise ValueError(f"attention_mask tells of {visible.keys.shape[1]} tokens, but there are {key.shape[2]} keys.")
     if visible.mask is None and query.shape[2] > 1:
@@ -336,8 +219,22 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _readable(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not tensor.is_meta
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """transformers' own attention, for a model that has the config of a wrapped one, but no wrapper is on it."""
+    if not isinstance(mask, Tensor):
+        seen = dense_mask(mask or Visible(), query.shape[2], key.shape[2], sliding_window, query.device)
+        mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+    out, weights = eager_attention_forward(module, query, key, value, mask, scaling, dropout)
+    return out, weights
 
 
 for _backend in BACKENDS:

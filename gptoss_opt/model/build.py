@@ -9,19 +9,29 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM
+from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 from ..layout import exchange
 
 
-def build(folder: Path, config: GptOssConfig, device: torch.device, dtype: torch.dtype) -> GptOssForCausalLM:
+def class_of(config: GptOssConfig) -> type[PreTrainedModel]:
+    """The class that a config names, or GptOssForCausalLM. Raises `ValueError` if there is no such class."""
+    name = next(iter(config.architectures or ()), GptOssForCausalLM.__name__)
+    found = getattr(modeling_gpt_oss, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"architectures names {name!r}, which is no GPT-OSS model of transformers")
+    return found
+
+
+def build(folder: Path, config: GptOssConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint, in eval mode, whose parameters have their shape, dtype and device, but no memory."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # On the CPU, whatever torch.device(...) is in force.
     with torch.device("cpu"), init_empty_weights(include_buffers=False):
-        model = cast(Any, GptOssForCausalLM)._from_config(config, dtype=dtype)
+        model = cast(Any, class_of(config))._from_config(config, dtype=dtype)
     for name, parameter in list(model.named_parameters()):
         path, _, last = name.rpartition(".")
         # One element seen from everywhere: it says where the weights will be, and takes no room there.
@@ -31,7 +41,7 @@ def build(folder: Path, config: GptOssConfig, device: torch.device, dtype: torch
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
-    if (folder / "generation_config.json").exists():
+    if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = config.name_or_path
-    return cast(GptOssForCausalLM, model.eval())
+    return cast(PreTrainedModel, model.eval())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from ..core import Attachment, Journal
 from ..kernels.experts import (
@@ -23,26 +23,14 @@ from ..kernels.experts import (
 )
 from ..kernels.mxfp4 import BLOCK
 from .host import config_paths
-from .modules import expert_modules
+from .modules import NO_LAYERS, WRAPPED, execution_device, expert_modules
 
 KEY = "gptoss_opt:{}"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 EXPERTS = "the experts computation"
 EXPERT_WEIGHTS = "the experts' weights"
-PACKED_FORMAT = "the format that is saved"
 """Slots of a model: see `Wrapper`."""
-
-QUANTIZATION_CONFIG = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-}
-"""What the released checkpoints say of their weights in config.json."""
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
@@ -54,7 +42,7 @@ def experts_request(model: nn.Module) -> ExpertsRequest:
     """What a backend must serve on this model."""
     _, module = expert_modules(model)[0]
     bias, sizes = module.down_proj_bias, (module.hidden_size, module.intermediate_size)
-    return ExpertsRequest(bias.device.type, bias.dtype, sizes)
+    return ExpertsRequest(execution_device(module, bias).type, bias.dtype, sizes)
 
 
 def why_no_experts(model: nn.Module) -> Iterator[str]:
@@ -64,6 +52,8 @@ def why_no_experts(model: nn.Module) -> Iterator[str]:
             "the experts are packed by transformers already, in the layout of its hub kernels, which cannot be read "
             "back. Load the checkpoint with gptoss_opt.load(path, with_mxfp4_experts()) instead."
         )
+    elif not getattr(model.config, "num_hidden_layers", 1):
+        yield NO_LAYERS
     elif not expert_modules(model):
         yield "this model has no GptOssExperts. Wrap it before its experts are replaced."
 
@@ -84,6 +74,8 @@ def set_experts(model: nn.Module, backend: str, journal: Journal) -> tuple[str, 
     before, key = cast(PreTrainedModel, model).config._experts_implementation, KEY.format(backend)
     for path in config_paths(model):
         journal.set(model, path, "_experts_implementation", key)
+    for path, _ in expert_modules(model):
+        journal.set(model, path, WRAPPED, True)
     return (f"config._experts_implementation: {before} -> {key}, on the model's own copy of the config",)
 
 
@@ -93,13 +85,19 @@ def fill_experts(model: nn.Module, journal: Attachment) -> tuple[str, ...]:
     return set_experts(model, journal.choice.backend, journal)
 
 
-def set_packed_format(model: nn.Module, journal: Journal) -> tuple[str, ...]:
-    """Make `save_pretrained` write the released format; returns what was changed, as sentences."""
-    for path in config_paths(model):
-        journal.set(model, path, "quantization_config", copy.deepcopy(QUANTIZATION_CONFIG))
-    # What from_pretrained did to the weights on loading, and save_pretrained would do the other way round.
-    journal.set(model, "", "_weight_conversions", [])
-    return ("config.quantization_config: mxfp4, so that save_pretrained writes the released format",)
+def keep_experts(model: nn.Module, journal: Journal) -> None:
+    """Let `set_experts_implementation` refuse: others compute with dense weights, which are not there."""
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            journal.set(model, path, "set_experts_implementation", cannot_set_experts)
+
+
+def cannot_set_experts(experts_implementation: object) -> None:
+    """Stand in for `set_experts_implementation` of a model whose experts are packed."""
+    raise ValueError(
+        f"set_experts_implementation({experts_implementation!r}): the experts are packed as MXFP4, and transformers' "
+        "implementations compute with dense weights. Give them back first: undo(model, with_mxfp4_experts)."
+    )
 
 
 def _weights(module: Any, projection: str) -> DenseWeights | PackedWeights:
@@ -115,6 +113,9 @@ def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
 ) -> Tensor:
     """transformers' experts interface: `hidden_states` [T, H], indices and weights [T, K]."""
+    if WRAPPED not in module.__dict__:
+        # It has the config of a wrapped model, but no wrapper is on it.
+        return cast(Tensor, GptOssExperts.forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights))  # type: ignore[attr-defined]
     gate_up, down = _weights(module, "gate_up_proj"), _weights(module, "down_proj")
     # On a GPU this would wait for it. Below 0 are experts of other ranks.
     if top_k_index.is_cpu and top_k_index.numel() and not is_traced(top_k_index):

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..core import Host
+from ..core import Host, mesh_of
 from ..core.journal import Journal, SetAttribute
+from .saving import Saves
 
 MODEL_TYPE = "gpt_oss"
 IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
@@ -51,10 +52,14 @@ class GptOss(Host):
             journal.undo(model)
 
     def tell_new(self, parameters: Sequence[str], model: nn.Module, journal: Journal) -> None:
-        """Let `save_pretrained` leave out the parameters that wrappers brought."""
+        """Let `save_pretrained` of the model and its parts write what plain transformers reads, and nothing new."""
         for path, module in model.named_modules():
-            if isinstance(module, PreTrainedModel):
-                inside = {name.removeprefix(f"{path}.") for name in parameters if not path or name.startswith(path)}
+            if not isinstance(module, PreTrainedModel):
+                continue
+            if mesh_of(model) is None:  # several ranks write one checkpoint together: see `checkpoint.save`
+                journal.set(model, path, "save_pretrained", Saves(module))
+            inside = {name.removeprefix(f"{path}.") for name in parameters if not path or name.startswith(path)}
+            if inside:
                 ignored = {*(getattr(module, IGNORED_ON_SAVE, None) or ()), *inside}
                 journal.set(model, path, IGNORED_ON_SAVE, ignored)
 

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssExperts
 
 Named = list[tuple[str, Any]]
 """Paths and modules."""
+
+WRAPPED = "_gptoss_opt_wrapped"
+"""An attribute of the modules that a wrapper computes for. Others with the same config are as transformers has them."""
+
+NO_LAYERS = "this model has no layers (num_hidden_layers is 0), and so nothing to wrap. Build it with one at least."
+
+
+def execution_device(module: nn.Module, weight: Tensor) -> torch.device:
+    """Where a module computes: where accelerate's hook brings its weights, if it has one, else where they are."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    found = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
+    return next((torch.device(device) for device in found if device is not None), weight.device)
 
 
 def attention_modules(model: nn.Module) -> Named:

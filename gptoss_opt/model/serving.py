@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -85,6 +86,40 @@ def why_not_captured(model: nn.Module) -> str | None:
     if not experts.startswith(KEY.format("")):
         return f"the experts implementation {experts!r} may wait for the device: use with_fast_experts"
     return None
+
+
+class WeightsWatch:
+    """Notices that a model computes otherwise than when it was last asked: its weights, adapters or modules changed."""
+
+    ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+    """What the layers of peft say of the adapters on them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._look()
+        self._state = self._now()
+
+    def changed(self) -> bool:
+        """Whether it did. Reads no weight: version counters, addresses and switches tell."""
+        now = self._now()
+        if now == self._state:
+            return False
+        self._look()
+        self._state = self._now()
+        return True
+
+    def _look(self) -> None:
+        modules = [*self.model.modules()]
+        self._children = [module._modules for module in modules if module._modules]
+        self._tensors = [held for one in modules for held in (one._parameters, one._buffers) if held]
+        self._adapters = [vars(module) for module in modules if "_disable_adapters" in vars(module)]
+
+    def _now(self) -> tuple[Any, ...]:
+        children = [child for one in self._children for child in one.values()]
+        tensors = [tensor for one in self._tensors for tensor in one.values() if tensor is not None]
+        switches = [copy.copy(one.get(name)) for one in self._adapters for name in self.ADAPTERS]
+        versions = [tensor._version for tensor in tensors]
+        return [*map(id, children)], [*map(id, tensors)], versions, [*map(Tensor.data_ptr, tensors)], switches
 
 
 def packed_forward(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Region, all_to_all, exchange_counts
+from ..distributed import Region, all_to_all, exchange_counts, refuse_foreign
 from ..model.experts import KEY
 
 ExpertPlacement = tuple[tuple[int, ...], ...]
@@ -68,6 +68,7 @@ def part_of_experts(
     routing_weights: Tensor,
 ) -> Tensor:
     """The experts where ranks share their tokens: each adds what its own give, or what its part of all gives."""
+    refuse_foreign(module)
     region = data.region
     if data.ranks is not None:
         check_implementation(module)
@@ -90,6 +91,7 @@ def dispatched(
     A token goes once to each rank that holds any of its experts, with their indices and weights, and what comes back is
     already summed: per token at most K rows each way, and at most one for each rank.
     """
+    refuse_foreign(module)
     check_implementation(module)
     group, top_k = data.region.group, router_indices.shape[-1]
     num_ranks = group.size()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -79,6 +79,21 @@ def share_random_numbers(model: nn.Module, journal: Attachment) -> None:
         journal.set(model, "", "generate", partial(generate, mesh_of(model), model))
 
 
+def why_foreign(layout: Layout, regions: Iterable[str], axis: str) -> Iterator[str]:
+    """Say which parameters stand where each rank computes a part, and have no part in it."""
+    inside, foreign = tuple(f"{path}." for path in regions), list[str]()
+    for name in (name for name in layout if name.startswith(inside)):
+        form = layout.form(name)
+        if axis not in (*form.partial, *form.added_once, *(split.axis for split in form.splits)):
+            foreign.append(name)
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        yield (
+            f"{foreign[0]}{more} stands in a module that is spread over ranks, and would be trained wrong there. Take "
+            "it out first (peft: merge_and_unload()). shard_experts alone leaves attention whole, to be adapted."
+        )
+
+
 DEFAULTS: dict[str, Filler] = {
     "the parameters that modules compute with": compute_locally,
     "generating": share_random_numbers,
@@ -139,6 +154,10 @@ class Sharding(Wrapper):
         """`layout` with the model spread over the axis."""
         raise NotImplementedError
 
+    def regions(self, model: nn.Module) -> Iterable[str]:
+        """The paths of the modules of which each rank computes a part."""
+        raise NotImplementedError
+
     def check(self, model: nn.Module) -> Iterable[str]:
         if problem := why_no_axis(self.mesh, self.degree, device_of(model)):
             return [problem]
@@ -161,7 +180,9 @@ class Sharding(Wrapper):
 
     def layout(self, model: nn.Module, layout: Layout) -> Layout:
         require(self.why_not(model))
-        return self.spread(model, layout.over(self.axis))
+        layout = self.spread(model, layout.over(self.axis))
+        require(why_foreign(layout, self.regions(model), self.axis.name))
+        return layout
 
     def bind(self, model: nn.Module, mesh: Mesh | None) -> ModelMesh:
         axis = bound_axis(self.mesh, self.degree, device_of(model))

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..core import Journal
-from ..distributed import ModelMesh, Region, split
+from ..distributed import ModelMesh, Region, refuse_foreign, split
 from ..kernels.mxfp4 import BLOCK
 from ..layout import Axis, Layout, Split
 from ..model.modules import attention_modules, decoder_path, expert_modules
@@ -101,6 +101,7 @@ def attention_of_heads(
     region: Region, module: nn.Module, inner: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Attention of which each rank computes its heads, and the part of the output that these give."""
+    refuse_foreign(module)
     output, *others = inner(region.copy_to_region(hidden_states), *args, **kwargs)
     return region.reduce_from_region(output), *others
 

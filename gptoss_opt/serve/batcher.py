@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from ..core import CompatibilityError
 from ..model import serving
 from . import served
 from .build import build_engine
-from .prompts import Prompt, RequestBuilder
+from .prompts import Prompt, RequestBuilder, unpadded
 from .request import GenerationError, Request
 from .stats import Stats
 from .stepper import Stepper
@@ -68,8 +69,8 @@ class ContinuousBatcher:
         _check(max_num_sequences, max_batch_tokens, kv_memory, page_size)
         if problems := [f"ContinuousBatcher: {reason}" for reason in serving.why_not_served(model)]:
             raise CompatibilityError(problems)
-        self.model = model
-        served.acquire(model, self)
+        self.model, user = model, object()
+        served.acquire(model, user)
         try:
             engine = build_engine(
                 model,
@@ -81,15 +82,18 @@ class ContinuousBatcher:
                 cuda_graphs=cuda_graphs,
             )
         except BaseException:
-            served.release(model, self)
+            served.release(model, user)
             raise
         self._stepper = Stepper(engine)
+        # Also when it is dropped without being closed.
+        self._give_back = weakref.finalize(self, _give_back, self._stepper, model, user)
+        self._give_back.atexit = False
         max_tokens = engine.runner.memory.max_tokens
-        self._builder = RequestBuilder(model, max_tokens, engine.scheduler.why_never, self._stepper.step)
+        self._builder = RequestBuilder(model, max_tokens, engine.scheduler.why_never)
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | Mapping[str, Any],
         generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         tokenizer: Any = None,
@@ -100,7 +104,8 @@ class ContinuousBatcher:
         """Complete all prompts, and return when all are done.
 
         Args:
-            prompts: lists of token ids; or texts, with a tokenizer.
+            prompts: lists of token ids, or what a tokenizer returns (`input_ids`, and `attention_mask` if they are
+                padded); or texts, with a tokenizer.
             generation_config: one for all prompts, or one for each. `model.generation_config` says what it leaves open.
             tokenizer: makes ids of texts, and texts of what is generated.
             progress: whether to show a bar.
@@ -121,6 +126,8 @@ class ContinuousBatcher:
                 raise RuntimeError(FOLLOWS)
             return stepper.follow()
         with stepper.lead() as results:
+            if isinstance(prompts, Mapping) and "input_ids" in prompts:
+                prompts = unpadded(prompts)
             if isinstance(prompts, str) or not hasattr(prompts, "__len__") or hasattr(prompts, "keys"):
                 what = type(prompts).__name__
                 raise ValueError(f"prompts are a list of lists of token ids, or of texts, not a {what}.")
@@ -190,7 +197,8 @@ class ContinuousBatcher:
                 "several ranks hold the model: submit inside `with batcher:`, which each of them enters."
             )
         options |= {"seed": seed, "stop_token_ids": stop_token_ids, "logprobs": logprobs}
-        requests = self._builder.build(prompt, generation_config, tokenizer, options)
+        # A request that goes on keeps the batcher.
+        requests = self._builder.build(prompt, generation_config, tokenizer, options, self.step)
         stepper.send(requests)
         return requests[0]
 
@@ -199,7 +207,7 @@ class ContinuousBatcher:
         return self._stepper.step()
 
     def clear_prefixes(self) -> None:
-        """Let no prompt use what was computed until now. To be called after the weights have changed."""
+        """Let no prompt use what was computed until now. Changed weights or adapters are noticed without it."""
         self._stepper.forget()
 
     def stats(self) -> Stats:
@@ -226,14 +234,14 @@ class ContinuousBatcher:
         try:
             self._stepper.close(GenerationError("the batcher was closed"), wait=wait)
         finally:
-            served.release(self.model, self)
+            self._give_back()
 
     def _requests_or_errors(
         self, number: int, prompt: Prompt, config: GenerationConfig | None, tokenizer: Any, options: dict[str, Any]
     ) -> list[Request] | list[ValueError]:
         """The requests of a prompt; if it is refused, as many times the error that says why."""
         try:
-            return self._builder.build(prompt, config, tokenizer, options)
+            return self._builder.build(prompt, config, tokenizer, options, self.step)
         except ValueError as error:
             configs = (config, self.model.generation_config)
             asked = [options.get("num_return_sequences"), *(getattr(c, "num_return_sequences", None) for c in configs)]
@@ -255,6 +263,13 @@ class ContinuousBatcher:
         finally:
             for request in requests:
                 request.cancel()
+
+
+def _give_back(stepper: Stepper, model: nn.Module, user: object) -> None:
+    try:
+        stepper.close(GenerationError("the batcher was dropped without being closed"), wait=False)
+    finally:
+        served.release(model, user)
 
 
 FOLLOWS = "this rank follows the first, which schedules: submit there."

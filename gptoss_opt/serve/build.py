@@ -72,7 +72,8 @@ def build_engine(
         )
     cache = cache_of(num_pages)
     scheduler = Scheduler(cache, max_num_sequences, max_batch_tokens)
-    return Engine(scheduler, runner_of(cache), mesh, bytes_of_page=bytes_of_page, why_no_graphs=why_no_graphs)
+    watch = serving.WeightsWatch(model)
+    return Engine(scheduler, runner_of(cache), mesh, bytes_of_page, watch, why_no_graphs)
 
 
 def _left_by_a_step(runner: Runner, num_tokens: int, num_sampled: int) -> int:

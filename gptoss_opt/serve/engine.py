@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed import ModelMesh
+from ..model.serving import WeightsWatch
 from .batch import Batch
 from .request import Decode, GenerationError, Request
 from .runner import Runner
@@ -42,6 +43,7 @@ class Engine:
         runner: what computes it.
         mesh: the ranks that hold the model together: the first schedules, and the others `follow`.
         bytes_of_page: how many bytes a page takes on this rank.
+        watch: notices that the model's weights have changed.
         why_no_graphs: the reason why steps are not captured in CUDA graphs, or None.
         requests, counts: what goes on, and what was done.
     """
@@ -50,6 +52,7 @@ class Engine:
     runner: Runner
     mesh: ModelMesh | None
     bytes_of_page: int
+    watch: WeightsWatch
     why_no_graphs: str | None
     requests: dict[SequenceState, Request] = field(default_factory=dict[SequenceState, Request])
     counts: Counts = field(default_factory=Counts)
@@ -65,6 +68,9 @@ class Engine:
         for sequence, request in list(self.requests.items()):
             if request.cancelled:
                 self._end(sequence, "cancelled")
+        if self.scheduler.waiting and self.watch.changed():
+            # What a prompt that waits would share was computed by other weights.
+            self.scheduler.cache.forget(self.scheduler.running)
         works = self.scheduler.schedule()
         if not works:
             assert not self.requests, "requests wait, and none can go on"
@@ -176,8 +182,10 @@ class Engine:
         options, decode = request.options, request.decode
         if token in options.stop_token_ids:
             return "stop"
-        if decode is not None and _holds_at_the_end(options.stop_strings, [*request.tokens, token], decode):
-            return "stop"
+        if decode is not None:
+            tokens = [*request.sequence.tokens, token]
+            if _ends_a_text(options.stop_strings, tokens, len(request.tokens) + 1, decode):
+                return "stop"
         return "length" if len(request.tokens) + 1 == options.max_new_tokens else None
 
     def _end(self, sequence: SequenceState, reason: str, error: BaseException | None = None) -> None:
@@ -191,9 +199,12 @@ class Engine:
         self.counts.finished += 1
 
 
-def _holds_at_the_end(strings: tuple[str, ...], tokens: list[int], decode: Decode) -> bool:
+def _ends_a_text(strings: tuple[str, ...], tokens: list[int], num_new: int, decode: Decode) -> bool:
+    """Whether one of the strings ends in the text of the new tokens. It may begin before them, as in transformers."""
     # As a rule a token is a byte of text at least; those that are none must not push the beginning out of sight.
     longest = count = max(len(one.encode()) for one in strings) + 1
     while len(text := decode(tokens[-count:])) < longest and count < len(tokens):
         count *= 2
-    return any(one in text for one in strings)
+    old = tokens[-count:][:-num_new] if num_new < count else []
+    begin = len(decode(old)) if old else 0
+    return any(one in text[max(begin - len(one) + 1, 0) :] for one in strings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,22 @@ from transformers import GenerationConfig
 from .options import Options, is_id
 from .request import Request
 
-Prompt = str | Sequence[int] | torch.Tensor
+Prompt = str | Sequence[int] | torch.Tensor | Mapping[str, Any]
+
+
+def unpadded(encoded: Mapping[str, Any]) -> list[Any]:
+    """The rows of token ids that a tokenizer returned, without padding; a single row of ids is one too."""
+
+    def rows_of(value: Any) -> list[Any]:
+        value = value.tolist() if hasattr(value, "tolist") else list(value)
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in value]
+        return rows if rows and isinstance(rows[0], Sequence) else [rows]
+
+    ids = rows_of(encoded["input_ids"])
+    if encoded.get("attention_mask") is None:
+        return ids
+    masks = rows_of(encoded["attention_mask"])
+    return [[one for one, seen in zip(row, mask, strict=True) if seen] for row, mask in zip(ids, masks, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -24,18 +39,26 @@ class RequestBuilder:
         model: the one that completes; its `generation_config` is for what a request leaves open.
         max_tokens: how many tokens a prompt and its completion may have together.
         why_never: gives the reason why so many tokens never fit into the pages, or None.
-        step: makes a step, for whoever waits for a request.
     """
 
     model: Any
     max_tokens: int
     why_never: Callable[[int], str | None]
-    step: Callable[[], bool]
 
     def build(
-        self, prompt: Prompt, config: GenerationConfig | None, tokenizer: Any, options: dict[str, Any]
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None,
+        tokenizer: Any,
+        options: dict[str, Any],
+        step: Callable[[], bool],
     ) -> list[Request]:
-        """The requests for one prompt. Raises `ValueError` for what cannot be done."""
+        """The requests for one prompt, whose waiters call `step`. Raises `ValueError` for what cannot be done."""
+        if isinstance(prompt, Mapping) and "input_ids" in prompt:
+            rows = unpadded(prompt)
+            if len(rows) != 1:
+                raise ValueError(f"a prompt is one row of token ids, and here are {len(rows)}: use generate.")
+            prompt = rows[0]
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError("a prompt is a text: give its token ids, or a tokenizer.")
@@ -61,7 +84,7 @@ class RequestBuilder:
         decode = None
         if chosen.stop_strings:
             decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        requests = [Request(ids, chosen, n, self.step, decode) for n in range(chosen.num_return_sequences)]
+        requests = [Request(ids, chosen, n, step, decode) for n in range(chosen.num_return_sequences)]
         for request in requests:
             request.completions = tuple(requests)
         return requests

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -25,7 +24,7 @@ class Served:
 
     attached: bool = False
     training: list[nn.Module] = field(default_factory=list[nn.Module])
-    users: WeakSet[Any] = field(default_factory=WeakSet)
+    users: set[object] = field(default_factory=set[object])
 
 
 _SERVED: WeakKeyDictionary[nn.Module, Served] = WeakKeyDictionary()

@@ -13,6 +13,7 @@ from ..core import Attachment, Choice, Filler, Report, choose, layout_of, mesh_o
 from ..kernels.experts import DENSE_BACKENDS
 from ..layout import Layout
 from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
+from ..model.modules import expert_modules
 from ..parallel.dispatch import ExpertPlacement
 from ..parallel.experts import attach_placed_experts, placed_experts_layout, placements_of, why_no_expert_parallel
 from ..parallel.sharded import DEFAULTS, Sharding
@@ -56,6 +57,9 @@ class ExpertParallel(Sharding):
     def spread(self, model: nn.Module, layout: Layout) -> Layout:
         placements = placements_of(model, self.axis.degree, self.placement)
         return placed_experts_layout(model, layout, self.axis, placements)
+
+    def regions(self, model: nn.Module) -> Iterable[str]:
+        return (path for path, _ in expert_modules(model))
 
     def attach(self, model: nn.Module, journal: Attachment) -> Report:
         mesh, axis = mesh_of(model), self.axis.name

@@ -15,11 +15,10 @@ from ..layout import MXFP4, Held, Layout
 from ..model.experts import (
     EXPERT_WEIGHTS,
     EXPERTS,
-    PACKED_FORMAT,
     expert_parameters,
     experts_request,
     fill_experts,
-    set_packed_format,
+    keep_experts,
     why_no_packing,
 )
 from ..model.host import GPT_OSS
@@ -34,7 +33,7 @@ class Mxfp4Experts(Wrapper):
     name: ClassVar[str] = "with_mxfp4_experts"
     phase: ClassVar[Phase] = Phase.LAYOUT
     host: ClassVar[Host] = GPT_OSS
-    claims: ClassVar[tuple[str, ...]] = (EXPERT_WEIGHTS, EXPERTS, PACKED_FORMAT)
+    claims: ClassVar[tuple[str, ...]] = (EXPERT_WEIGHTS, EXPERTS)
     provides: ClassVar[tuple[str, ...]] = ("packed experts",)
 
     def __post_init__(self) -> None:
@@ -50,7 +49,8 @@ class Mxfp4Experts(Wrapper):
         return layout.store(expert_parameters(model), MXFP4.name)
 
     def attach(self, model: nn.Module, journal: Attachment) -> Report:
-        return Report((*_packing(held_by(model)), *fill_experts(model, journal), *set_packed_format(model, journal)))
+        keep_experts(model, journal)
+        return Report((*_packing(held_by(model)), *fill_experts(model, journal)))
 
 
 def _packing(held: dict[str, Held]) -> list[str]:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import Attachment, Report, layout_of, mesh_of, takes_model
 from ..layout import Layout
+from ..model.modules import attention_modules, expert_modules
 from ..parallel.sharded import Sharding
 from ..parallel.tensor import (
     attach_attention,
@@ -39,6 +40,10 @@ class TensorParallel(Sharding):
         if self.experts:
             layout = sliced_experts_layout(model, layout, self.axis)
         return vocabulary_layout(model, layout, self.axis) if self.lm_head else layout
+
+    def regions(self, model: nn.Module) -> Iterable[str]:
+        modules = attention_modules(model) + (expert_modules(model) if self.experts else [])
+        return (path for path, _ in modules)
 
     def attach(self, model: nn.Module, journal: Attachment) -> Report:
         mesh, axis, layout = mesh_of(model), self.axis.name, layout_of(model)

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, GptOssForCausalLM, StaticCache
 
 from gptoss_opt import BackendError, CompatibilityError, explain, stack_of, undo, with_flash_attention
-from gptoss_opt.model import attention as attention_module
+from gptoss_opt.model import packing
 from tests.helpers import WINDOW, gradients, ids, loss_and_gradients, relative, tiny_config, tiny_model
 
 LENGTH = 4 * WINDOW + 3
@@ -240,7 +240,7 @@ def test_masks_that_say_what_cannot_be_done_are_refused() -> None:
 
 def test_positions_that_restart_beside_a_mask_are_said(caplog: pytest.LogCaptureFixture) -> None:
     _, fast = pair()
-    attention_module._say_once.cache_clear()
+    packing._say_once.cache_clear()
     grow, restart = torch.arange(6)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
     fast(ids(1, 6), position_ids=restart)
     fast(ids(1, 6), position_ids=grow, attention_mask=torch.ones(1, 6))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .. import transforms
 from .backends import BACKENDS, KERNELS, AttentionRequest
 from .impl.reference import reference_attention
 from .op import sink_attention
-from .visible import Rules, Visible, starts_from_cu_seq_lens, starts_from_positions, starts_from_segments
+from .visible import Rules, Visible, dense_mask, starts_from_cu_seq_lens, starts_from_positions, starts_from_segments
 
 
 def attention(
@@ -78,8 +78,8 @@ def _check_derivatives(visible: Visible) -> None:
             "the attention mask requires a gradient, and no flash kernel here has one. Use backend='reference', or "
             "give mask.detach()."
         )
-    if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
-        raise ValueError("forward-mode derivatives (jvp) need backend='reference': no flash kernel here has them.")
+    # Of vmap alone torch makes a loop.
+    transforms.refuse("flash attention", transforms.active() - {"vmap"})
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, window: int | None) -> None:

@@ -75,6 +75,16 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *_: Any) ->
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), sinks.new_empty(sinks.shape)
 
 
+def _no_second(ctx: Any, *grads: Tensor) -> None:
+    raise ValueError(
+        "flash attention has no second derivative: only backend='reference' is made of plain operations. Apply "
+        "with_flash_attention(backend='reference')."
+    )
+
+
+sink_attention_backward.register_autograd(_no_second)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, sinks, q_start, keys, starts, mask, ctx.scale, ctx.window, ctx.backend = inputs
     out, lse = output

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import transforms
 from .activation import swiglu
 from .backends import DENSE_BACKENDS, PACKED_BACKENDS, kernel_of
 from .check import check
+from .impl.reference import all_experts
 from .linear import linear
 from .routes import Routes
 from .tracing import is_traced, needs_operator
@@ -53,6 +55,9 @@ def experts(
         torch.Size([7, 64])
     """
     check(x, indices, routing_weights, gate_up, down)
+    if under := transforms.active():
+        transforms.refuse(f"backend {backend!r} of the experts", set() if backend == "reference" else under)
+        return all_experts(x, indices, routing_weights, gate_up, down, alpha, limit)
     fused = kernel_of(gate_up, backend).fused
     if fused and not needs_operator(x, routing_weights, *vars(gate_up).values(), *vars(down).values()):
         return fused(x, indices, routing_weights, gate_up, down, alpha, limit)

@@ -53,6 +53,21 @@ def _backward(ctx: Any, d_h: Tensor) -> tuple[Tensor | None, ...]:
 clamped_swiglu.register_autograd(_backward, setup_context=_save)
 
 
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    d_h, gate_up, ctx.alpha, ctx.limit, _ = inputs
+    ctx.save_for_backward(d_h, gate_up)
+
+
+def _second(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        d_h, gate_up = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        d_gate_up = PACKED_KERNELS["reference"].swiglu_backward(d_h, gate_up, ctx.alpha, ctx.limit)
+    return *torch.autograd.grad(d_gate_up, (d_h, gate_up), g), None, None, None
+
+
+clamped_swiglu_backward.register_autograd(_second, setup_context=_save_backward)
+
+
 def swiglu(gate_up: Tensor, alpha: float, limit: float, backend: str) -> Tensor:
     """`clamped_swiglu`, as an operator only where one is needed.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import memory
 from .backends import kernel_of
 from .routes import sum_by_expert
-from .weights import ExpertWeights, weights_of
+from .weights import DenseWeights, ExpertWeights, weights_of
 
 
 @torch.library.custom_op("gptoss_opt::expert_linear", mutates_args=())
@@ -78,6 +78,37 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 expert_linear.register_autograd(_backward, setup_context=_save)
+
+
+def _save_input_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    d_y, offsets, weight, scales, ctx.backend = inputs
+    ctx.save_for_backward(d_y, offsets, weight, scales)
+
+
+def _input_gradient_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    d_y, offsets, weight, scales = ctx.saved_tensors
+    of_d_y, _, of_weight, _, _ = ctx.needs_input_grad
+    of_rows = expert_linear(g.contiguous(), offsets, weight, scales, None, ctx.backend) if of_d_y else None
+    d_weight = expert_linear_weight_gradient(d_y, offsets, g.contiguous(), weight.shape[0]) if of_weight else None
+    return of_rows, None, d_weight, None, None
+
+
+expert_linear_input_gradient.register_autograd(_input_gradient_backward, setup_context=_save_input_gradient)
+
+
+def _save_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    d_y, offsets, x, _ = inputs
+    ctx.save_for_backward(d_y, offsets, x)
+
+
+def _weight_gradient_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    d_y, offsets, x = ctx.saved_tensors
+    weights = DenseWeights(g)
+    reference = kernel_of(weights, "reference")
+    return reference.forward(x, offsets, weights), None, reference.backward(d_y, offsets, weights), None
+
+
+expert_linear_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save_weight_gradient)
 
 
 def linear(x: Tensor, offsets: Tensor, weights: ExpertWeights, backend: str) -> Tensor:

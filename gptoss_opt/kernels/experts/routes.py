@@ -65,7 +65,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
         d_x = grads[0][inverse]
-        return d_x if ctx.times == 1 else d_x.unflatten(0, (-1, ctx.times)).sum(1), None, None, None
+        return d_x if ctx.times == 1 else d_x.reshape(-1, ctx.times, d_x.shape[-1]).sum(1), None, None, None
 
 
 def of_expert(offsets: Tensor) -> list[tuple[int, int, int]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-PLAIN = (Tensor, nn.Parameter)
+from ..gate import PLAIN
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether a call is being traced, or its tensors stand for others: then no value and no address can be read."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    for tensor in tensors:  # noqa: SIM110 - a generator would be entered once for each tensor of each call
-        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in PLAIN or tensor.is_meta or torch._C._functorch.is_batchedtensor(tensor)
+        ):
             return True
     return False
 

@@ -16,7 +16,7 @@ def pack(dense: Tensor) -> tuple[Tensor, Tensor]:
     functions, best, parallel = native.library()
     rows, shape = dense.detach().contiguous(), (*dense.shape[:-1], dense.shape[-1] // plain.BLOCK)
     blocks, scales = (torch.empty(size, dtype=torch.uint8) for size in ((*shape, plain.BLOCK // 2), shape))
-    there = map(Tensor.data_ptr, (rows, blocks, scales))
+    there = native.address("weights", rows, rows.dtype, dense.shape), blocks.data_ptr(), scales.data_ptr()
     half, num_threads = rows.dtype == torch.bfloat16, torch.get_num_threads()
     failed = functions.gptoss_pack(best, half, *there, scales.numel(), parallel, num_threads)
     # What is not finite is refused in one place.
@@ -31,6 +31,7 @@ def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -
     functions, _, parallel = native.library()
     blocks, scales = blocks.contiguous(), scales.contiguous()
     dense = torch.empty((*scales.shape[:-1], scales.shape[-1] * plain.BLOCK), dtype=dtype)
-    there, num_threads = map(Tensor.data_ptr, (blocks, scales, dense)), torch.get_num_threads()
-    functions.gptoss_unpack(dtype == torch.bfloat16, *there, scales.numel(), parallel, num_threads)
+    there = (native.address(n, t, torch.uint8, t.shape) for n, t in (("blocks", blocks), ("scales", scales)))
+    num_threads = torch.get_num_threads()
+    functions.gptoss_unpack(dtype == torch.bfloat16, *there, dense.data_ptr(), scales.numel(), parallel, num_threads)
     return dense

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...mxfp4 import BLOCK
-from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, library, why_not
+from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, address, library, why_not
 from ..tracing import needs_operator
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights
 
@@ -43,23 +43,20 @@ class Native:
         which = best if instruction_set is None else instruction_set
         dtype = _dtype(x, gate_up, down, which=which)
         num_experts, hidden, pairs = gate_up.shape
-        _check_sizes(
-            x=(x.shape, (len(x), hidden)),
-            indices=(indices.shape, (len(x), indices.shape[-1])),
-            routing_weights=(routing_weights.shape, indices.shape),
-            down=(down.shape, (num_experts, pairs // 2, hidden)),
-        )
+        routes = (len(x), indices.shape[-1])
         rows, indices = x.to(dtype).contiguous(), indices.to(torch.int64).contiguous()
         # To the dtype of x first: as where gradients are asked for.
         routing_weights = routing_weights.to(x.dtype).to(torch.float32).contiguous()
         out = torch.empty_like(rows)
         status = functions.gptoss_experts(
             which if dtype == torch.bfloat16 else min(which, BFLOAT16 - 1),
-            *map(Tensor.data_ptr, (rows, indices, routing_weights)),
-            _matrices(gate_up, gate_up.bias, dtype),
-            _matrices(down, down.bias, dtype),
+            address("x", rows, dtype, (len(x), hidden)),
+            address("indices", indices, torch.int64, routes),
+            address("routing_weights", routing_weights, torch.float32, routes),
+            _matrices("gate_up", gate_up, gate_up.bias, dtype, gate_up.shape),
+            _matrices("down", down, down.bias, dtype, (num_experts, pairs // 2, hidden)),
             out.data_ptr(),
-            *indices.shape,
+            *routes,
             num_experts,
             alpha,
             limit,
@@ -139,23 +136,26 @@ def _check(status: int) -> None:
         raise MemoryError("the native kernel found no memory for its scratch space.")
 
 
-def _check_sizes(**sizes: tuple[Sequence[int], Sequence[int]]) -> None:
-    for name, (found, wanted) in sizes.items():
-        if tuple(found) != tuple(wanted):
-            raise ValueError(f"{name} is {list(found)}, and should be {list(wanted)}.")
-
-
-def _matrices(weights: ExpertWeights, bias: Tensor | None, dtype: torch.dtype) -> Matrices:
+def _matrices(
+    name: str, weights: ExpertWeights, bias: Tensor | None, dtype: torch.dtype, shape: Sequence[int]
+) -> Matrices:
+    if tuple(weights.shape) != tuple(shape):
+        raise ValueError(f"{name} is {list(weights.shape)}, and should be {list(shape)}.")
+    num_experts, length, rows = shape
     if isinstance(weights, DenseWeights):
-        values, scales = weights.weight.contiguous(), None
-        _, rows, length = weights.shape
+        rows, length = length, rows
+        named = [(name, weights.weight, dtype, tuple(shape))]
     else:
-        values, scales = weights.blocks.contiguous(), weights.scales.contiguous()
-        _, length, rows = weights.shape
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    there = values.data_ptr(), None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr()
-    matrices = Matrices(*there, rows, length)
-    matrices.tensors = values, scales, bias
+        blocks = (num_experts, rows, length // BLOCK)
+        named = [(f"{name}_blocks", weights.blocks, torch.uint8, (*blocks, BLOCK // 2))]
+        named += [(f"{name}_scales", weights.scales, torch.uint8, blocks)]
+    if bias is not None:
+        named += [(f"{name}_bias", bias.to(dtype), dtype, (num_experts, shape[2]))]
+    named = [(what, tensor.contiguous(), kind, size) for what, tensor, kind, size in named]
+    there = [address(*one) for one in named]
+    values, scales = there[0], None if isinstance(weights, DenseWeights) else there[1]
+    matrices = Matrices(values, scales, None if bias is None else there[-1], rows, length)
+    matrices.tensors = tuple(tensor for _, tensor, _, _ in named)
     return matrices
 
 
@@ -167,17 +167,18 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     num_experts, width, out_width = weights.shape
     if backward:
         width, out_width = out_width, width
-    _check_sizes(rows=(x.shape, (len(x), width)), offsets=(offsets.shape, (num_experts,)))
     half, packed = dtype == torch.bfloat16, not isinstance(weights, DenseWeights)
     rows, offsets = x.to(dtype).contiguous(), offsets.contiguous()
-    matrices = _matrices(weights, None if backward else weights.bias, dtype)
+    matrices = _matrices("weights", weights, None if backward else weights.bias, dtype, weights.shape)
     y = rows.new_empty(x.shape[0], out_width)
     y[int(offsets[-1]) :] = 0
     room = torch.empty_like(rows) if half and packed and not backward else None
     status = functions.gptoss_product(
         which if half else min(which, BFLOAT16 - 1),
         packed == backward,
-        *map(Tensor.data_ptr, (rows, y, offsets)),
+        address("rows", rows, dtype, (len(x), width)),
+        y.data_ptr(),
+        address("offsets", offsets, torch.int32, (num_experts,)),
         matrices,
         None if room is None else room.data_ptr(),
         offsets.numel(),
@@ -193,8 +194,8 @@ def _activate(gate_up: Tensor, d_h: Tensor | None, to: Tensor, alpha: float, lim
     functions.gptoss_swiglu(
         best,
         gate_up.dtype == torch.bfloat16,
-        gate_up.data_ptr(),
-        None if d_h is None else d_h.data_ptr(),
+        address("gate_up", gate_up, gate_up.dtype, gate_up.shape),
+        None if d_h is None else address("d_h", d_h, gate_up.dtype, (len(gate_up), gate_up.shape[1] // 2)),
         to.data_ptr(),
         gate_up.numel() // 2,
         alpha,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...gate import admit
 from ...mxfp4 import BLOCK
 from ...triton import DTYPES, why_not
 from ..routes import add_bias
@@ -126,6 +127,8 @@ TRITON = Triton()
 
 def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The dense weights `[E, O, K]`, exactly as `mxfp4.unpack` gives them; bfloat16, float16 or float32."""
+    admit("blocks", blocks, torch.uint8, (*scales.shape, BLOCK // 2), blocks.device)
+    admit("scales", scales, torch.uint8, scales.shape, blocks.device)
     dense = torch.empty(*scales.shape[:-1], scales.shape[-1] * BLOCK, dtype=dtype, device=blocks.device)
     if dense.numel():
         grid = (_cdiv(scales.numel(), SCALES_PER_PROGRAM),)
@@ -143,14 +146,15 @@ def _kernels() -> ModuleType:
 
 
 def _check(rows: Tensor, offsets: Tensor, weights: PackedWeights, *, dim: int) -> None:
-    """Assert that everything fits; `dim` is what of the weights the rows are summed over."""
-    blocks, scales = weights.blocks, weights.scales
-    assert blocks.shape == (*scales.shape, BLOCK // 2), (blocks.shape, scales.shape)
-    assert rows.shape[1:] == weights.shape[dim : dim + 1], (rows.shape, scales.shape)
-    assert offsets.shape == weights.shape[:1], (offsets.shape, scales.shape)
-    assert (rows.dtype in DTYPES, offsets.dtype, blocks.dtype, scales.dtype) == (True, torch.int32, *2 * [torch.uint8])
+    """Raise `ValueError` unless everything fits; `dim` is what of the weights the rows are summed over."""
+    if rows.dtype not in DTYPES:
+        raise ValueError(f"rows are {rows.dtype}. Use one of {', '.join(map(str, DTYPES))}.")
+    blocks, device = (*weights.scales.shape, BLOCK // 2), rows.device
+    admit("rows", rows.contiguous(), rows.dtype, (len(rows), weights.shape[dim]), device)
+    admit("offsets", offsets, torch.int32, weights.shape[:1], device)
     # A copy of the weights on every call would hide what packing is for.
-    assert all(x.is_contiguous() for x in (offsets, blocks, scales))
+    admit("blocks", weights.blocks, torch.uint8, blocks, device)
+    admit("scales", weights.scales, torch.uint8, blocks[:-1], device)
 
 
 def _tile(tiles: tuple[tuple[int | None, TileConfig], ...], rows: Tensor, num_experts: int) -> TileConfig:
@@ -200,7 +204,8 @@ def _launch(
 
 
 def _activate(name: str, alpha: float, limit: float, *tensors: Tensor) -> None:
-    assert all(tensor.is_contiguous() for tensor in tensors)
+    for tensor in tensors:
+        admit("gate_up or its gradient", tensor, tensors[0].dtype, tensor.shape, tensors[0].device)
     pairs = min(tensor.numel() for tensor in tensors)
     if pairs:
         with torch.cuda.device_of(tensors[0]):

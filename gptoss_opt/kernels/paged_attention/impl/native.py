@@ -56,19 +56,21 @@ def attend(
     assert paged.blocks is not None, "the native backend needs what blocks_for gives"
     blocks, max_queries = paged.blocks
     q, sinks = q.contiguous(), sinks.to(torch.float32).contiguous()
-    block_table, context_starts = paged.block_table.contiguous(), paged.context_starts.contiguous()
-    assert q.dtype == keys.dtype == values.dtype
-    assert block_table.dtype == context_starts.dtype == blocks.dtype == torch.int32
-    assert keys.is_contiguous()
-    assert values.is_contiguous()
-    assert blocks.is_contiguous()
-    out = torch.empty_like(q)
+    out, num_rows = torch.empty_like(q), len(paged.block_table)
+    table, starts = paged.block_table.contiguous(), paged.context_starts.contiguous()
     arguments = native.PagedArguments(
-        *map(Tensor.data_ptr, (q, keys, values, sinks, block_table, context_starts, blocks, out)),
+        native.address("queries", q, q.dtype, q.shape),
+        native.address("keys", keys, q.dtype, (len(keys), num_kv_heads, page_size, dim)),
+        native.address("values", values, q.dtype, keys.shape),
+        native.address("sinks", sinks, torch.float32, (num_heads,)),
+        native.address("block_table", table, torch.int32, (num_rows, table.shape[1])),
+        native.address("context_starts", starts, torch.int32, (num_rows,)),
+        native.address("blocks", blocks, torch.int32, (len(blocks), 4)),
+        out.data_ptr(),
         num_heads,
         num_kv_heads,
         dim,
-        block_table.shape[1],
+        table.shape[1],
         page_size,
         window or 0,
         max_queries * (num_heads // num_kv_heads),

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...gate import admit
 from ...triton import why_not as why_not
 from ..paged import Paged
 
@@ -48,6 +49,15 @@ def decode(
     num_rows, num_heads, dim = q.shape
     num_kv_heads, page_size = keys.shape[1:3]
     width = paged.block_table.shape[1]
+    pages = (len(keys), num_kv_heads, page_size, dim)
+    for name, tensor, dtype, shape in (
+        ("keys", keys, q.dtype, pages),
+        ("values", values, q.dtype, pages),
+        ("context_starts", paged.context_starts, torch.int32, (num_rows,)),
+        ("context_lens", paged.context_lens, torch.int32, (num_rows,)),
+        ("block_table", paged.block_table.contiguous(), torch.int32, (num_rows, width)),
+    ):
+        admit(name, tensor, dtype, shape, q.device)
     seen = width * page_size if window is None else min(width * page_size, window)
     parts = num_parts(num_rows, num_kv_heads, seen)
     sums = torch.empty(num_rows, num_heads, parts, dim, dtype=torch.float32, device=q.device)

@@ -1,0 +1,90 @@
+"""Saving a model that wrappers are on, as it is held: a checkpoint that plain transformers and `load` read."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core import held_by
+from ..core.journal import Journal
+from ..layout import DENSE, MXFP4, STORAGES, Held
+
+QUANTIZATION_CONFIG = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+"""What the released checkpoints say of their weights in config.json."""
+
+
+class Saves:
+    """Stands in for `save_pretrained` of a model, which it does not keep alive; copied and pickled along with it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """transformers' `save_pretrained`, of the model as it is held."""
+        return save_pretrained(self.model(), *args, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saves:
+        model = self.model()
+        return Saves(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[Callable[[nn.Module], Saves], tuple[Any, ...]]:
+        return Saves, (self.model(),)
+
+
+def save_pretrained(
+    model: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **options: Any
+) -> Any:
+    """transformers' `save_pretrained` of a model that one process holds, with the same options.
+
+    Packed experts are written as in the released checkpoints, what a wrapper stores in a way of its own is written
+    dense, and all else as it is, under its own name, whatever transformers did to it when it loaded the model.
+    """
+    journal, odd = Journal(), _stored_otherwise(model)
+    if odd:
+        state_dict = _dense(odd, model.state_dict() if state_dict is None else state_dict)
+    try:
+        journal.set(model, "", "config", config_to_save(model))
+        # What from_pretrained did to the weights on loading, and save_pretrained would do the other way round.
+        journal.set(model, "", "_weight_conversions", [])
+        return type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **options)
+    finally:
+        journal.undo(model)
+
+
+def config_to_save(model: Any) -> Any:
+    """A copy of the config of a model, or of a part of one, that says how its experts are stored."""
+    config = copy.deepcopy(model.config)
+    quantised = getattr(config, "quantization_config", None)
+    quantised = quantised if isinstance(quantised, dict) or quantised is None else quantised.to_dict()
+    if any(name.endswith(MXFP4.suffixes) for name, _ in model.named_parameters()):
+        config.quantization_config = copy.deepcopy(QUANTIZATION_CONFIG)
+    elif quantised and quantised.get("quant_method") == QUANTIZATION_CONFIG["quant_method"]:
+        del config.quantization_config
+    return config
+
+
+def _stored_otherwise(model: nn.Module) -> dict[str, Held]:
+    """The parameters that a wrapper stores in a way of its own, which no reader of checkpoints knows."""
+    return {name: how for name, how in held_by(model).items() if how.form.storage not in (DENSE.name, MXFP4.name)}
+
+
+def _dense(stored: Mapping[str, Held], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which these parameters are dense."""
+    dense = dict(state_dict)
+    for name, how in stored.items():
+        storage = STORAGES[how.form.storage]
+        tensors = {suffix: dense.pop(name + suffix) for suffix in storage.suffixes}
+        dense[name] = storage.decode(tensors, how.form.dtype)
+    return dense
