@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-PLAIN: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
+from .codes import Codes
+
+PLAIN: tuple[type[Tensor], ...] = (Tensor, nn.Parameter, Codes)
 """The types of tensors that are what they seem; others stand for something else, such as a part of a DTensor."""
 
 

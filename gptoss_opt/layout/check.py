@@ -42,7 +42,9 @@ def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) ->
                     f"{name} is on the meta device, without values: it was never loaded, or is offloaded. Use "
                     "load(path, ...), or wrap and undo before offloading."
                 )
-            if type(tensor) is not nn.Parameter and not (how.mesh and how.mesh.holds(tensor)):
+            if type(tensor) not in (nn.Parameter, STORAGES[how.form.storage].kind) and not (
+                how.mesh and how.mesh.holds(tensor)
+            ):
                 raise LayoutError(
                     f"{name} is a {type(tensor).__name__}, which something else has made of it (fully_shard, a "
                     "quantiser). Wrap and undo before that."

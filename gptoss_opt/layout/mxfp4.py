@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import memory
+from ..kernels.codes import Codes
 from ..kernels.mxfp4 import BLOCK, pack, unpack
 from .storage import STORAGES, Sliced, Split, Storage, Stored
 
@@ -19,6 +20,7 @@ class Mxfp4(Storage):
 
     name: str = "mxfp4"
     suffixes: tuple[str, ...] = ("_blocks", "_scales")
+    kind: type[nn.Parameter] = Codes
 
     def why_not(self, shape: Sequence[int]) -> str | None:
         """Return the reason why a parameter of this shape cannot be stored so, as a sentence, or None."""

@@ -294,7 +294,7 @@ def _made(stored: Stored, how: Held, form: Form, mesh: Mesh | None) -> tuple[Hel
     def parameter(tensor: Tensor) -> nn.Parameter:
         if mesh is not None:
             return mesh.parameter(tensor, splits, requires_grad)
-        return nn.Parameter(tensor, requires_grad=requires_grad)
+        return STORAGES[form.storage].kind(tensor, requires_grad=requires_grad)
 
     suffixes = STORAGES[form.storage].suffixes
     if set(stored.tensors) != set(suffixes):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Part = range | tuple[int, ...]
 """Ascending indices along one dimension."""
@@ -66,10 +66,12 @@ class Storage:
     Attributes:
         name: what layouts call it.
         suffixes: what is added to the parameter's name, for each of its tensors.
+        kind: the class of its tensors, as parameters of a model that one process holds.
     """
 
     name: str = "dense"
     suffixes: tuple[str, ...] = ("",)
+    kind: type[nn.Parameter] = nn.Parameter
 
     def why_not(self, shape: Sequence[int]) -> str | None:
         """Return the reason why a parameter of this shape cannot be stored so, as a sentence, or None."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -22,6 +23,7 @@ from ..kernels.experts import (
     is_traced,
 )
 from ..kernels.mxfp4 import BLOCK
+from ..layout import MXFP4
 from .host import config_paths
 from .modules import NO_LAYERS, WRAPPED, execution_device, expert_modules
 
@@ -85,14 +87,36 @@ def fill_experts(model: nn.Module, journal: Attachment) -> tuple[str, ...]:
     return set_experts(model, journal.choice.backend, journal)
 
 
-def keep_experts(model: nn.Module, journal: Journal) -> None:
-    """Let `set_experts_implementation` refuse: others compute with dense weights, which are not there."""
+def keep_packed(model: nn.Module, journal: Journal) -> None:
+    """Let the model count its values, not their bytes, and refuse computations of the experts on dense weights."""
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
-            journal.set(model, path, "set_experts_implementation", cannot_set_experts)
+            journal.method(model, path, "num_parameters", num_parameters)
+            journal.method(model, path, "requires_grad_", requires_grad)
+            journal.method(model, path, "set_experts_implementation", cannot_set_experts)
 
 
-def cannot_set_experts(experts_implementation: object) -> None:
+def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """transformers' `num_parameters`, in which each packed value counts as one."""
+    count = int(type(model).num_parameters(model, only_trainable, exclude_embeddings))
+    if only_trainable:
+        return count
+    blocks, scales = MXFP4.suffixes
+    for name, parameter in model.named_parameters():
+        # A byte of blocks holds two values, and one of scales none.
+        count += parameter.numel() * (name.endswith(blocks) - name.endswith(scales))
+    return count
+
+
+def requires_grad(model: Any, requires_grad: bool = True) -> Any:
+    """`requires_grad_` of a model with packed weights, which stay frozen."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(requires_grad)
+    return model
+
+
+def cannot_set_experts(model: object, experts_implementation: object) -> None:
     """Stand in for `set_experts_implementation` of a model whose experts are packed."""
     raise ValueError(
         f"set_experts_implementation({experts_implementation!r}): the experts are packed as MXFP4, and transformers' "
@@ -116,6 +140,12 @@ def experts_forward(
     if WRAPPED not in module.__dict__:
         # It has the config of a wrapped model, but no wrapper is on it.
         return cast(Tensor, GptOssExperts.forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights))  # type: ignore[attr-defined]
+    # Of a packed one each look would be a call of `Codes`.
+    with torch._C.DisableTorchFunctionSubclass():
+        return _experts(module, hidden_states, top_k_index, top_k_weights, backend)
+
+
+def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, backend: str) -> Tensor:
     gate_up, down = _weights(module, "gate_up_proj"), _weights(module, "down_proj")
     # On a GPU this would wait for it. Below 0 are experts of other ranks.
     if top_k_index.is_cpu and top_k_index.numel() and not is_traced(top_k_index):

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core import Host, mesh_of
 from ..core.journal import Journal, SetAttribute
-from .saving import Saves
+from .saving import save_pretrained
 
 MODEL_TYPE = "gpt_oss"
 IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
@@ -57,7 +57,7 @@ class GptOss(Host):
             if not isinstance(module, PreTrainedModel):
                 continue
             if mesh_of(model) is None:  # several ranks write one checkpoint together: see `checkpoint.save`
-                journal.set(model, path, "save_pretrained", Saves(module))
+                journal.method(model, path, "save_pretrained", save_pretrained)
             inside = {name.removeprefix(f"{path}.") for name in parameters if not path or name.startswith(path)}
             if inside:
                 ignored = {*(getattr(module, IGNORED_ON_SAVE, None) or ()), *inside}

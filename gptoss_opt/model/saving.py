@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,24 +22,6 @@ QUANTIZATION_CONFIG = {
     ],
 }
 """What the released checkpoints say of their weights in config.json."""
-
-
-class Saves:
-    """Stands in for `save_pretrained` of a model, which it does not keep alive; copied and pickled along with it."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = weakref.ref(model)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """transformers' `save_pretrained`, of the model as it is held."""
-        return save_pretrained(self.model(), *args, **options)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Saves:
-        model = self.model()
-        return Saves(memo.get(id(model), model))
-
-    def __reduce__(self) -> tuple[Callable[[nn.Module], Saves], tuple[Any, ...]]:
-        return Saves, (self.model(),)
 
 
 def save_pretrained(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -76,7 +75,7 @@ def _rule(parameter: str, layout: Layout, mesh: ModelMesh, data_axes: Mapping[st
 def share_random_numbers(model: nn.Module, journal: Attachment) -> None:
     """Let ranks that share a batch draw the same random numbers when they generate."""
     if hasattr(model, "generate"):
-        journal.set(model, "", "generate", partial(generate, mesh_of(model), model))
+        journal.method(model, "", "generate", generate)
 
 
 def why_foreign(layout: Layout, regions: Iterable[str], axis: str) -> Iterator[str]:
@@ -97,7 +96,7 @@ def why_foreign(layout: Layout, regions: Iterable[str], axis: str) -> Iterator[s
 DEFAULTS: dict[str, Filler] = {
     "the parameters that modules compute with": compute_locally,
     "generating": share_random_numbers,
-    "saving": lambda model, journal: journal.set(model, "", "save_pretrained", partial(save_pretrained, model)),
+    "saving": lambda model, journal: journal.method(model, "", "save_pretrained", save_pretrained),
     "resizing": lambda model, journal: journal.set(model, "", "resize_token_embeddings", cannot_resize),
     "the Trainer": tell_trainer,
 }
@@ -111,8 +110,9 @@ def cannot_resize(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def generate(mesh: ModelMesh, model: Any, *args: Any, **kwargs: Any) -> Any:
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """transformers' `generate`, where the ranks that share a batch also draw the same random numbers: the first's."""
+    mesh = mesh_of(model)
     mesh.share_random_state(device_of(model))
     if mesh.own_tokens:
         # A rank that is done with its own sequences still has experts of the others'.

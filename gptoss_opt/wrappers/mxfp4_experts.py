@@ -18,7 +18,7 @@ from ..model.experts import (
     expert_parameters,
     experts_request,
     fill_experts,
-    keep_experts,
+    keep_packed,
     why_no_packing,
 )
 from ..model.host import GPT_OSS
@@ -49,7 +49,7 @@ class Mxfp4Experts(Wrapper):
         return layout.store(expert_parameters(model), MXFP4.name)
 
     def attach(self, model: nn.Module, journal: Attachment) -> Report:
-        keep_experts(model, journal)
+        keep_packed(model, journal)
         return Report((*_packing(held_by(model)), *fill_experts(model, journal)))
 
 

@@ -14,7 +14,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
         return True
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in PLAIN or tensor.is_meta or torch._C._functorch.is_batchedtensor(tensor)
+            type(tensor) not in PLAIN or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         ):
             return True
     return False
