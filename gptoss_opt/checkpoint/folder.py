@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GptOssConfig
 
-from ..model.build import class_of
+from ..model.build import ROPE_TYPES, class_of
 from ..model.host import MODEL_TYPE
 from .numbers import wrong_numbers
 from .reader import DAMAGED, CheckpointError, TensorInfo, as_checkpoint_errors, parse_object, read_header, read_tensor
@@ -139,7 +139,7 @@ def _config(folder: Path) -> GptOssConfig:
         config = GptOssConfig.from_pretrained(folder)
     except Exception as error:  # its validation has error classes of its own, which are not ValueErrors
         raise CheckpointError(f"{file}: no valid config ({_line(error)}). Correct it or download it again.") from error
-    for key, value, wanted in wrong_numbers(config):
+    for key, value, wanted in wrong_numbers(config, ROPE_TYPES):
         raise CheckpointError(f"{file}: {key} is {value!r}, and must be {wanted}. Correct it or download it again.")
     try:
         class_of(config)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,8 +16,8 @@ from transformers import GptOssForCausalLM, PreTrainedModel
 from ..core import Stack, Wrapper, compose
 from ..core.apply import apply
 from ..core.resolve import confer
-from ..model.build import build
-from .folder import Checkpoint
+from ..model.build import GENERATION, build, read_generation_config
+from .folder import CONFIG, Checkpoint
 from .reader import CheckpointError
 from .weights import Weights
 
@@ -77,13 +80,21 @@ def load(
 
 
 def _built(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    with _as_checkpoint_errors(checkpoint.folder / CONFIG):
+        model = build(checkpoint.config, device, dtype)
+    with _as_checkpoint_errors(checkpoint.folder / GENERATION):
+        read_generation_config(checkpoint.folder, model)
+    return model
+
+
+@contextmanager
+def _as_checkpoint_errors(file: Path) -> Iterator[None]:
+    """Name the file in the errors of transformers, which may be any."""
     try:
-        return build(checkpoint.folder, checkpoint.config, device, dtype)
-    except Exception as error:  # those of transformers' constructor, which may be any
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: transformers cannot build a model of it ({type(error).__name__}: "
-            f"{error}). Correct it or download it again."
-        ) from error
+        yield
+    except Exception as error:
+        problem = f"transformers cannot make anything of it ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{file}: {problem}. Correct it or download it again.") from error
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:
@@ -91,7 +102,7 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     if quantised is not None and method != "mxfp4":
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: quantization_config names the method {method!r}, and load reads "
+            f"{checkpoint.folder / CONFIG}: quantization_config names the method {method!r}, and load reads "
             "MXFP4 and dense checkpoints. Load it with transformers, dequantise it, and save it."
         )
 

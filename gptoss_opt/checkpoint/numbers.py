@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ ROPE: Mapping[str, Range] = {
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
-def wrong_numbers(config: Any) -> Iterator[tuple[str, object, str]]:
+def wrong_numbers(config: Any, rope_types: Sequence[str]) -> Iterator[tuple[str, object, str]]:
     """The keys of a config whose values cannot be, each with its value and what it must be."""
     rope = getattr(config, "rope_parameters", None) or {}
     for ranges, values in ((CONFIG, vars(config)), (ROPE, rope)):
@@ -56,6 +56,8 @@ def wrong_numbers(config: Any) -> Iterator[tuple[str, object, str]]:
             if (value is not None or (ranges is CONFIG and key in values)) and not wanted.holds(value):
                 yield key, value, str(wanted)
                 return
+    if rope and (kind := rope.get("rope_type", "default")) not in rope_types:
+        yield "rope_type", kind, f"one of {', '.join(rope_types)}"
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     ids = Range(Integral, -config.vocab_size, config.vocab_size - 1)
     for key, value, wanted in (

@@ -10,21 +10,34 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from ..layout import exchange
 
+GENERATION = "generation_config.json"
+ROPE_TYPES = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
+
+
+def read_generation_config(folder: Path, model: PreTrainedModel) -> None:
+    """Give a model that generates the generation_config.json of its folder, if there is one."""
+    if model.can_generate() and (folder / GENERATION).exists():
+        cast(Any, model).generation_config = GenerationConfig.from_pretrained(folder)
+
 
 def class_of(config: GptOssConfig) -> type[PreTrainedModel]:
     """The class that a config names, or GptOssForCausalLM. Raises `ValueError` if there is no such class."""
-    name = next(iter(config.architectures or ()), GptOssForCausalLM.__name__)
+    names = config.architectures or [GptOssForCausalLM.__name__]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f"architectures is {names!r}, and must be a list of one name")
+    name = names[0]
     found = getattr(modeling_gpt_oss, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(f"architectures names {name!r}, which is no GPT-OSS model of transformers")
     return found
 
 
-def build(folder: Path, config: GptOssConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def build(config: GptOssConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint, in eval mode, whose parameters have their shape, dtype and device, but no memory."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -41,7 +54,5 @@ def build(folder: Path, config: GptOssConfig, device: torch.device, dtype: torch
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
-    if model.can_generate() and (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = config.name_or_path
     return cast(PreTrainedModel, model.eval())

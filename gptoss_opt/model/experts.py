@@ -60,9 +60,23 @@ def why_no_experts(model: nn.Module) -> Iterator[str]:
         yield "this model has no GptOssExperts. Wrap it before its experts are replaced."
 
 
+def why_experts_stay(model: nn.Module) -> Iterator[str]:
+    """Say what holds on to the experts' weights as they are: they can be computed with, but not stored otherwise."""
+    for path, _ in expert_modules(model):
+        around = model.get_submodule(path.rpartition(".")[0])
+        if hasattr(around, "base_layer"):
+            name = getattr(around, "parameter_name", "a parameter")
+            yield (
+                f"{name} of {path} is adapted by a {type(around).__name__} around it (peft's target_parameters), which "
+                "needs it dense and whole. Merge the adapter first (merge_and_unload()), or use with_fast_experts()."
+            )
+            return
+
+
 def why_no_packing(model: nn.Module) -> Iterator[str]:
     """Say what stands in the way of packing the experts."""
     yield from why_no_experts(model)
+    yield from why_experts_stay(model)
     config = cast(PreTrainedModel, model).config
     for size in ("hidden_size", "intermediate_size"):
         if getattr(config, size) % BLOCK:

@@ -115,11 +115,12 @@ class WeightsWatch:
         self._adapters = [vars(module) for module in modules if "_disable_adapters" in vars(module)]
 
     def _now(self) -> tuple[Any, ...]:
-        children = [child for one in self._children for child in one.values()]
+        children = [id(child) for one in self._children for child in one.values()]
         tensors = [tensor for one in self._tensors for tensor in one.values() if tensor is not None]
         switches = [copy.copy(one.get(name)) for one in self._adapters for name in self.ADAPTERS]
-        versions = [tensor._version for tensor in tensors]
-        return [*map(id, children)], [*map(id, tensors)], versions, [*map(Tensor.data_ptr, tensors)], switches
+        with torch._C.DisableTorchFunctionSubclass():
+            versions = [tensor._version for tensor in tensors]
+            return children, [*map(id, tensors)], versions, [*map(Tensor.data_ptr, tensors)], switches
 
 
 def packed_forward(

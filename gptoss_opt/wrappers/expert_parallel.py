@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..core import Attachment, Choice, Filler, Report, choose, layout_of, mesh_of, takes_model
 from ..kernels.experts import DENSE_BACKENDS
 from ..layout import Layout
-from ..model.experts import EXPERTS, experts_request, fill_experts, why_no_experts
+from ..model.experts import EXPERTS, experts_request, fill_experts, why_experts_stay, why_no_experts
 from ..model.modules import expert_modules
 from ..parallel.dispatch import ExpertPlacement
 from ..parallel.experts import attach_placed_experts, placed_experts_layout, placements_of, why_no_expert_parallel
@@ -49,7 +49,8 @@ class ExpertParallel(Sharding):
         return self.dispatch == "all_to_all"
 
     def why_not(self, model: nn.Module) -> Iterable[str]:
-        return *why_no_experts(model), *why_no_expert_parallel(model, self.axis.degree, self.placement)
+        stay = *why_no_experts(model), *why_experts_stay(model)
+        return *stay, *why_no_expert_parallel(model, self.axis.degree, self.placement)
 
     def choice(self, model: nn.Module) -> Choice:
         return choose(DENSE_BACKENDS, experts_request(model), "auto", self.name)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import Attachment, Report, layout_of, mesh_of, takes_model
 from ..layout import Layout
+from ..model.experts import why_experts_stay
 from ..model.modules import attention_modules, expert_modules
 from ..parallel.sharded import Sharding
 from ..parallel.tensor import (
@@ -33,7 +34,8 @@ class TensorParallel(Sharding):
     name: ClassVar[str] = "shard_tensor_parallel"
 
     def why_not(self, model: nn.Module) -> Iterable[str]:
-        return why_no_tensor_parallel(model, self.axis.degree, experts=self.experts, vocabulary=self.lm_head)
+        stay = why_experts_stay(model) if self.experts else ()
+        return *stay, *why_no_tensor_parallel(model, self.axis.degree, experts=self.experts, vocabulary=self.lm_head)
 
     def spread(self, model: nn.Module, layout: Layout) -> Layout:
         layout = attention_layout(model, layout, self.axis)

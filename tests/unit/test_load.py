@@ -15,7 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GptOssForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssForCausalLM,
+    GptOssForSequenceClassification,
+    GptOssForTokenClassification,
+    GptOssModel,
+)
 
 from benchmarks.harness import peak_memory
 from gptoss_opt import (
@@ -456,3 +462,33 @@ def test_memory_above_the_model_is_a_tensor(kind: str, packed: Path, tmp_path: P
     assert 0.9 * size < peak < size + allowed, (peak, size, allowed)
     # Negative control: that is far from a second model, and from a dense one.
     assert allowed < size / 3
+
+
+def test_dtypes_by_name(packed: Path, dense: Path, folder: Path) -> None:
+    for name, dtype in (("bfloat16", torch.bfloat16), ("torch.float32", torch.float32), ("float64", torch.float64)):
+        assert difference(load(packed, dtype=name), load(packed, dtype=dtype)) is None
+    # "auto" is what config.json says, else what the weights are.
+    edit_json(folder / "config.json", dtype="float32")
+    assert load(folder, dtype="auto").dtype == torch.float32
+    assert load(packed, dtype="auto").dtype == load(dense, dtype="auto").dtype == torch.bfloat16
+    for wrong in ("float16", "flaot32", "Tensor", torch.int8):
+        with pytest.raises(ValueError, match=f"load: dtype is {wrong}. Use one of"):
+            load(packed, dtype=wrong)
+    edit_json(folder / "config.json", dtype="float16")
+    with pytest.raises(CheckpointError, match="its weights are (torch.)?float16. Give load a dtype"):
+        load(folder, dtype="auto")
+
+
+@pytest.mark.parametrize("kind", [GptOssModel, GptOssForSequenceClassification, GptOssForTokenClassification])
+def test_other_heads(kind: Any, tmp_path: Path) -> None:
+    saved = tiny_model(kind=kind)
+    for name, wrap in (("dense", None), ("packed", with_mxfp4_experts)):
+        (wrap(saved) if wrap else saved).save_pretrained(tmp_path / name)
+        for stack in ((), (with_flash_attention(), with_mxfp4_experts())):
+            model = load(tmp_path / name, *stack, dtype=torch.float32)
+            assert type(model) is kind
+            found, wanted = model(ids(2, 9))[0], saved(ids(2, 9))[0]
+            assert relative(found, wanted) < 1e-5
+    edit_json(tmp_path / "dense" / "config.json", architectures=["LlamaForCausalLM"])
+    with pytest.raises(CheckpointError, match="architectures names 'LlamaForCausalLM', which is no GPT-OSS model"):
+        load(tmp_path / "dense")
