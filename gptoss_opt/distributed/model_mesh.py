@@ -17,6 +17,7 @@ from ..layout import LayoutError, Split
 from . import collectives
 from .local import dtensor_of
 from .mesh import join, names_of, root_of
+from .parts import in_parts, put_together, shapes_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ModelMesh:
             shape[split.dim] = split.size
         stride = torch.empty(shape, device="meta").stride()
         whole = dtensor_of(local.contiguous(), self.mesh, placements, torch.Size(shape), stride)
-        return nn.Parameter(whole, requires_grad=requires_grad)
+        return nn.Parameter(in_parts(whole, splits), requires_grad=requires_grad)
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether it is a DTensor over these ranks."""
@@ -87,7 +88,7 @@ class ModelMesh:
         """Gather the whole tensor from the ranks; all of them must ask for it."""
         for split in splits:
             group, rank = self.group(split.axis), self.coordinate[split.axis]
-            parts = collectives.all_gather_parts(local, _shapes(local, split), rank, group)
+            parts = collectives.all_gather_parts(local, shapes_of(local, split), rank, group)
             local = put_together(parts, split)
         return local
 
@@ -98,7 +99,7 @@ class ModelMesh:
             return None
         for split in splits:
             group, rank = self.group(split.axis), self.coordinate[split.axis]
-            parts = collectives.gather_parts(local, _shapes(local, split), rank, group)
+            parts = collectives.gather_parts(local, shapes_of(local, split), rank, group)
             if parts is None:
                 return None
             local = put_together(parts, split)
@@ -188,16 +189,3 @@ class Region:
     def reduce_from_region(self, x: Tensor) -> Tensor:
         """The sum of the parts."""
         return collectives.all_reduce_output(x, self.group)
-
-
-def _shapes(local: Tensor, split: Split) -> list[list[int]]:
-    return [[len(part) if dim == split.dim else size for dim, size in enumerate(local.shape)] for part in split.parts]
-
-
-def put_together(parts: Sequence[Tensor], split: Split) -> Tensor:
-    """The tensor that `parts` are slices of."""
-    whole = torch.cat(tuple(parts), split.dim)
-    order = [number for part in split.parts for number in part]
-    if order == list(range(len(order))):
-        return whole
-    return whole.index_select(split.dim, torch.tensor(order, device=whole.device).argsort())
