@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 RUN := $(VENV)/bin/python
 NATIVE := setup.py $(wildcard gptoss_opt/kernels/native/c/*)
 # Tiny models run many times faster on one thread each than on threads that wait for each other.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test check lint types test-oldest bench clean
+.PHONY: demo test check lint types test-oldest test-newest bench clean
 
 demo: $(VENV)/.built
 	$(RUN) -m gptoss_opt demo
@@ -29,11 +30,15 @@ types: $(VENV)/.built
 test-oldest: $(OLDEST)/.built
 	$(TEST) $(OLDEST)/bin/python -m pytest -n 2
 
+# By hand: torch's newest build comes with CUDA, 5.5 GB of it.
+test-newest: $(NEWEST)/.built
+	$(TEST) $(NEWEST)/bin/python -m pytest -n 2
+
 bench: $(VENV)/.built
 	$(RUN) -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(NEWEST)
 
 $(VENV)/.ready: requirements/dev.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -43,6 +48,12 @@ $(VENV)/.ready: requirements/dev.txt
 $(OLDEST)/.ready: requirements/oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --requirement requirements/oldest.txt
+	touch $@
+
+$(NEWEST)/.ready: requirements/dev.txt requirements/newest.txt
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --requirement requirements/dev.txt
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --requirement requirements/newest.txt
 	touch $@
 
 %/.built: %/.ready pyproject.toml $(NATIVE)

@@ -26,6 +26,7 @@ from gptoss_opt.kernels import memory
 from gptoss_opt.kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, ExpertsRequest
 from gptoss_opt.layout import MXFP4, exchange
 from gptoss_opt.model.experts import KEY, PROJECTIONS
+from gptoss_opt.model.modules import WRAPPED
 
 BF16 = torch.bfloat16
 CONFIG = GptOssConfig(num_hidden_layers=1, num_local_experts=32)  # the 20b: hidden = intermediate = 2880, top 4
@@ -129,6 +130,7 @@ def module_of(backend: str | None) -> Any:
     with torch.device("meta"):
         module: Any = GptOssExperts(config)
     config._experts_implementation = KEY.format(backend) if backend else "eager"
+    setattr(module, WRAPPED, bool(backend))
     return module.requires_grad_(False)
 
 

@@ -92,6 +92,8 @@ def refuse_foreign(module: nn.Module) -> None:
 
     It would see that part alone, and so would its gradients.
     """
+    if torch.compiler.is_compiling():
+        return
     children = tuple(map(id, module._modules.values()))
     if _LOOKED_AT.get(module, ()) == children:
         return

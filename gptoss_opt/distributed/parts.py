@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,10 +26,19 @@ class PartTensor(DTensor):
     """A DTensor whose parts are those of its splits. What is computed of it elementwise is one too.
 
     Attributes:
-        splits: which indices each rank holds, dimension by dimension.
+        splits: which indices each rank holds, dimension by dimension; None while it is traced.
     """
 
-    splits: tuple[Split, ...]
+    splits: tuple[Split, ...] | None
+
+    def __new__(cls, local: Tensor, spec: Any = None, *, requires_grad: bool = False) -> PartTensor:
+        """Refuse to be made of a tensor alone, as by those who want to move a parameter elsewhere."""
+        if spec is None:
+            raise ValueError(
+                "a parameter that is spread over ranks cannot be made anew or moved, as accelerate's offloading and "
+                "quantisers do. Shard over more ranks instead, or do that to a model that is not sharded."
+            )
+        return cast(PartTensor, cast(Any, DTensor).__new__(cls, local, spec, requires_grad=requires_grad))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -42,10 +51,15 @@ class PartTensor(DTensor):
             return type(result)(_like([one[n] for one in lists] or args, out) for n, out in enumerate(result))
         return _like(pytree.tree_leaves((args, kwargs)), result)
 
+    @staticmethod
+    def __tensor_unflatten__(inner_tensors: Any, flatten_spec: Any, outer_size: Any, outer_stride: Any) -> DTensor:
+        # What torch.compile traces knows no splits: it is of this class, and its graph gives it to nobody.
+        return in_parts(DTensor.__tensor_unflatten__(inner_tensors, flatten_spec, outer_size, outer_stride), None)
+
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         """The whole tensor, gathered from the ranks; all of them must ask for it."""
         local = self.to_local(grad_placements=grad_placements)
-        for split in self.splits:
+        for split in self._known():
             group, rank = self.device_mesh.get_group(split.axis), self.device_mesh.get_local_rank(split.axis)
             parts = collectives.all_gather_parts(local.detach(), shapes_of(local, split), rank, group)
             local = put_together(parts, split)
@@ -69,10 +83,14 @@ class PartTensor(DTensor):
         found = next(place for offsets, _, place in self._chunks() if torch.Size(offsets) == index.offset)
         return self.to_local()[found]
 
+    def _known(self) -> tuple[Split, ...]:
+        assert self.splits is not None, "a tensor that torch.compile traced has left its graph"
+        return self.splits
+
     def _chunks(self) -> Iterator[tuple[list[int], list[int], tuple[slice, ...]]]:
         """The boxes that this rank holds: where each begins in the whole tensor, its size, and its place here."""
         mine: list[Part] = [range(size) for size in self.shape]
-        for split in self.splits:
+        for split in self._known():
             mine[split.dim] = split.parts[self.device_mesh.get_local_rank(split.axis)]
         for box in itertools.product(*map(_runs, mine)):
             offsets, sizes = [begin for begin, _, _ in box], [size for _, size, _ in box]
@@ -86,18 +104,10 @@ def _runs(part: Part) -> list[tuple[int, int, int]]:
     return [(indices[a], b - a, a) for a, b in zip(starts, [*starts[1:], len(indices)], strict=True)]
 
 
-def as_torch_cuts(split: Split) -> bool:
-    """Whether the parts of a split are those that torch would cut."""
-    size = -(-split.size // len(split.parts))
-    bounds = [(min(n * size, split.size), min((n + 1) * size, split.size)) for n in range(len(split.parts))]
-    return all(list(part) == list(range(*bound)) for part, bound in zip(split.parts, bounds, strict=True))
-
-
-def in_parts(tensor: DTensor, splits: Sequence[Split]) -> DTensor:
-    """Let a DTensor say which parts it has, where they are not those that torch would cut."""
-    if not all(map(as_torch_cuts, splits)):
-        tensor.__class__ = PartTensor
-        tensor.splits = tuple(splits)  # type: ignore[attr-defined]
+def in_parts(tensor: DTensor, splits: Sequence[Split] | None) -> DTensor:
+    """Let a DTensor say which parts it has."""
+    tensor.__class__ = PartTensor
+    tensor.splits = None if splits is None else tuple(splits)  # type: ignore[attr-defined]
     return tensor
 
 
@@ -114,7 +124,7 @@ def _alike(one: DTensor, other: DTensor) -> bool:
         lambda x: x.shape,
         lambda x: x.placements,
         lambda x: x.device_mesh,
-        lambda x: x.to_local().shape,
+        lambda x: x._local_tensor.shape,
     ]
     return all(fact(one) == fact(other) for fact in facts)
 

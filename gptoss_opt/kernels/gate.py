@@ -13,6 +13,14 @@ PLAIN: tuple[type[Tensor], ...] = (Tensor, nn.Parameter, Codes)
 """The types of tensors that are what they seem; others stand for something else, such as a part of a DTensor."""
 
 
+def plain(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor that lies in memory as it seems to. Raises `ValueError`, which names it, unless it does."""
+    if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_neg():
+        kind = f"a {type(tensor).__name__}" if type(tensor) not in PLAIN else f"negated, or {tensor.layout}"
+        raise ValueError(f"{name} is {kind}, whose memory native code cannot read. Hand it a plain, dense tensor.")
+    return tensor
+
+
 def admit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Tensor:
     """Return a tensor whose values native code can read as they lie in memory.
 
@@ -23,9 +31,7 @@ def admit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], d
         >>> admit("offsets", torch.zeros(4), torch.float32, (4,), torch.device("cpu")).shape
         torch.Size([4])
     """
-    if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_neg():
-        kind = "a negated view" if type(tensor) in PLAIN else f"a {type(tensor).__name__}"
-        raise ValueError(f"{name} is {kind}, whose memory native code cannot read. Hand it a plain, dense tensor.")
+    plain(name, tensor)
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} is {list(tensor.shape)}, and should be {list(shape)}.")
     if tensor.dtype != dtype or tensor.device != device:

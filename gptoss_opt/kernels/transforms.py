@@ -22,10 +22,13 @@ def active() -> set[str]:
     return found | {FORWARD} if getattr(forward_ad, "_current_level", -1) >= 0 else found
 
 
+NAMES = {"grad": "torch.func.grad", "vmap": "torch.func.vmap", FORWARD: "forward-mode derivatives (jvp)"}
+
+
 def refuse(what: str, transforms: set[str]) -> None:
     """Raise `ValueError` if there are any of these transforms."""
     if transforms:
         raise ValueError(
-            f"{what} has no rule for {', '.join(sorted(transforms))}, such as of torch.func: only backend='reference' "
-            "is made of plain operations. Apply the wrapper with that."
+            f"{what} has no rule for {' and '.join(NAMES.get(one, one) for one in sorted(transforms))}: only "
+            "backend='reference' is made of plain operations. Apply the wrapper with that."
         )

@@ -112,6 +112,9 @@ class WeightsWatch:
         modules = [*self.model.modules()]
         self._children = [module._modules for module in modules if module._modules]
         self._tensors = [held for one in modules for held in (one._parameters, one._buffers) if held]
+        held = (tensor for one in self._tensors for tensor in one.values() if tensor is not None)
+        # Those of inference mode count no versions.
+        self._counting = [tensor for tensor in held if not tensor.is_inference()]
         self._adapters = [vars(module) for module in modules if "_disable_adapters" in vars(module)]
 
     def _now(self) -> tuple[Any, ...]:
@@ -119,7 +122,7 @@ class WeightsWatch:
         tensors = [tensor for one in self._tensors for tensor in one.values() if tensor is not None]
         switches = [copy.copy(one.get(name)) for one in self._adapters for name in self.ADAPTERS]
         with torch._C.DisableTorchFunctionSubclass():
-            versions = [tensor._version for tensor in tensors]
+            versions = [tensor._version for tensor in self._counting]
             return children, [*map(id, tensors)], versions, [*map(Tensor.data_ptr, tensors)], switches
 
 

@@ -16,6 +16,9 @@ from gptoss_opt import ContinuousBatcher, GenerationError, stack_of, with_flash_
 from tests.helpers import ids, tiny_model
 from tests.serve.conftest import alone
 
+# Of peft, which asks transformers in words that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 Serve = Callable[..., ContinuousBatcher]
 PROMPT = ids(1, 40)[0].tolist()
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "progress": False}

@@ -115,10 +115,10 @@ class Broken:
 
 
 BROKEN = {
-    "on meta": Broken(lambda x: x.to("meta"), "on meta, and should be|is on meta, and the tokens"),
+    "on meta": Broken(lambda x: x.to("meta"), "on meta"),
     "of another class": Broken(lambda x: x.as_subclass(type("Other", (torch.Tensor,), {})), "is a Other, whose memory"),
     "without memory": Broken(lambda x: _freed(x), "has no values: its memory was given back"),
-    "sparse": Broken(lambda x: x.to_sparse(), "is|sparse"),
+    "sparse": Broken(lambda x: x.to_sparse(), "is (negated, or torch.sparse_coo, whose memory|a)"),
 }
 
 
@@ -188,6 +188,8 @@ def test_parametrised_weights(projection: str) -> None:
     assert relative(model(ids()).logits, plain) == 0
 
 
+# Of peft, which asks transformers in words that it is about to drop.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_experts_that_peft_adapts() -> None:
     def adapted(model: Any) -> Any:
         torch.manual_seed(3)

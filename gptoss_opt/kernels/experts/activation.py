@@ -2,7 +2,7 @@
 
 With `gate` and `up` at the even and odd places of the last dimension, `gate` clamped to at most `limit`, `up` to
 `[-limit, limit]`: `(up + 1) * gate * sigmoid(alpha * gate)` (gpt-oss model card, and its reference implementation). The
-gradient is zero where a clamp holds, and not where a value equals its limit.
+gradient is zero where a clamp holds; where a value equals its limit it is what the installed torch has: see `clamp`.
 """
 
 from __future__ import annotations

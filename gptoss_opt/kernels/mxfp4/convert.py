@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import gate, native
 from . import format as plain
 
 
@@ -14,7 +14,8 @@ def pack(dense: Tensor) -> tuple[Tensor, Tensor]:
     if native.why_not(dense.device.type, dense.dtype) is not None or dense.ndim == 0 or dense.shape[-1] % plain.BLOCK:
         return plain.pack(dense)
     functions, best, parallel = native.library()
-    rows, shape = dense.detach().contiguous(), (*dense.shape[:-1], dense.shape[-1] // plain.BLOCK)
+    rows = gate.plain("weights", dense.detach()).contiguous()
+    shape = (*dense.shape[:-1], dense.shape[-1] // plain.BLOCK)
     blocks, scales = (torch.empty(size, dtype=torch.uint8) for size in ((*shape, plain.BLOCK // 2), shape))
     there = native.address("weights", rows, rows.dtype, dense.shape), blocks.data_ptr(), scales.data_ptr()
     half, num_threads = rows.dtype == torch.bfloat16, torch.get_num_threads()
@@ -29,7 +30,7 @@ def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -
         return plain.unpack(blocks, scales, dtype)
     plain.check_shapes(blocks, scales)
     functions, _, parallel = native.library()
-    blocks, scales = blocks.contiguous(), scales.contiguous()
+    blocks, scales = gate.plain("blocks", blocks).contiguous(), gate.plain("scales", scales).contiguous()
     dense = torch.empty((*scales.shape[:-1], scales.shape[-1] * plain.BLOCK), dtype=dtype)
     there = (native.address(n, t, torch.uint8, t.shape) for n, t in (("blocks", blocks), ("scales", scales)))
     num_threads = torch.get_num_threads()

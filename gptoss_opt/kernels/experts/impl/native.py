@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...gate import plain
 from ...mxfp4 import BLOCK
 from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, address, library, why_not
+from ..clamp import edge
 from ..tracing import needs_operator
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights
 
@@ -44,9 +46,9 @@ class Native:
         dtype = _dtype(x, gate_up, down, which=which)
         num_experts, hidden, pairs = gate_up.shape
         routes = (len(x), indices.shape[-1])
-        rows, indices = x.to(dtype).contiguous(), indices.to(torch.int64).contiguous()
+        rows, indices = plain("x", x).to(dtype).contiguous(), plain("indices", indices).to(torch.int64).contiguous()
         # To the dtype of x first: as where gradients are asked for.
-        routing_weights = routing_weights.to(x.dtype).to(torch.float32).contiguous()
+        routing_weights = plain("routing_weights", routing_weights).to(x.dtype).to(torch.float32).contiguous()
         out = torch.empty_like(rows)
         status = functions.gptoss_experts(
             which if dtype == torch.bfloat16 else min(which, BFLOAT16 - 1),
@@ -86,7 +88,7 @@ class Native:
 
     def swiglu_backward(self, d_h: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
         gate_up = gate_up.contiguous()
-        return _activate(gate_up, d_h.contiguous(), torch.empty_like(gate_up), alpha, limit)
+        return _activate(gate_up, d_h.contiguous(), torch.empty_like(gate_up), alpha, edge(limit))
 
 
 class NativeDense(Native):
@@ -150,8 +152,8 @@ def _matrices(
         named = [(f"{name}_blocks", weights.blocks, torch.uint8, (*blocks, BLOCK // 2))]
         named += [(f"{name}_scales", weights.scales, torch.uint8, blocks)]
     if bias is not None:
-        named += [(f"{name}_bias", bias.to(dtype), dtype, (num_experts, shape[2]))]
-    named = [(what, tensor.contiguous(), kind, size) for what, tensor, kind, size in named]
+        named += [(f"{name}_bias", plain(f"{name}_bias", bias).to(dtype), dtype, (num_experts, shape[2]))]
+    named = [(what, plain(what, tensor).contiguous(), kind, size) for what, tensor, kind, size in named]
     there = [address(*one) for one in named]
     values, scales = there[0], None if isinstance(weights, DenseWeights) else there[1]
     matrices = Matrices(values, scales, None if bias is None else there[-1], rows, length)
@@ -168,7 +170,7 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     if backward:
         width, out_width = out_width, width
     half, packed = dtype == torch.bfloat16, not isinstance(weights, DenseWeights)
-    rows, offsets = x.to(dtype).contiguous(), offsets.contiguous()
+    rows, offsets = plain("rows", x).to(dtype).contiguous(), plain("offsets", offsets).contiguous()
     matrices = _matrices("weights", weights, None if backward else weights.bias, dtype, weights.shape)
     y = rows.new_empty(x.shape[0], out_width)
     y[int(offsets[-1]) :] = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..clamp import passes_at_limits
 from ..routes import of_expert
 from ..tracing import needs_operator
 from ..weights import ExpertsRequest, ExpertWeights
@@ -47,7 +48,8 @@ class Reference:
         sigmoid = torch.sigmoid(alpha * gate)
         d_gate = d_h * (up + 1) * sigmoid * (1 + alpha * gate * (1 - sigmoid))
         d_up = d_h * gate * sigmoid
-        inside = torch.stack((gate_up[..., ::2] <= limit, gate_up[..., 1::2].abs() <= limit), -1)
+        below = torch.le if passes_at_limits() else torch.lt
+        inside = torch.stack((below(gate_up[..., ::2], limit), below(gate_up[..., 1::2].abs(), limit)), -1)
         return (torch.stack((d_gate, d_up), -1) * inside).flatten(-2)
 
 

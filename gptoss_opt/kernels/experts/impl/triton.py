@@ -19,6 +19,7 @@ from torch.nn import functional
 from ...gate import admit
 from ...mxfp4 import BLOCK
 from ...triton import DTYPES, why_not
+from ..clamp import edge
 from ..routes import add_bias
 from ..tracing import needs_operator
 from ..weights import ExpertsRequest, PackedWeights
@@ -118,7 +119,7 @@ class Triton:
     def swiglu_backward(self, d_h: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
         assert gate_up.numel() == 2 * d_h.numel()
         d_gate_up = torch.empty_like(gate_up)
-        _activate("swiglu_backward_kernel", alpha, limit, d_h.contiguous(), gate_up, d_gate_up)
+        _activate("swiglu_backward_kernel", alpha, edge(limit), d_h.contiguous(), gate_up, d_gate_up)
         return d_gate_up
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import native
+from ...gate import plain
 from ..paged import Blocks, Chunk, Paged
 
 LANES = 16
@@ -55,7 +56,7 @@ def attend(
     num_kv_heads, page_size = keys.shape[1:3]
     assert paged.blocks is not None, "the native backend needs what blocks_for gives"
     blocks, max_queries = paged.blocks
-    q, sinks = q.contiguous(), sinks.to(torch.float32).contiguous()
+    q, sinks = plain("queries", q).contiguous(), plain("sinks", sinks).to(torch.float32).contiguous()
     out, num_rows = torch.empty_like(q), len(paged.block_table)
     table, starts = paged.block_table.contiguous(), paged.context_starts.contiguous()
     arguments = native.PagedArguments(
