@@ -15,7 +15,7 @@ from tests.helpers import ids, relative, tiny_model
 # Those of torch itself, under vmap and in forward mode.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
 ]
 
 WRAP: dict[str, Callable[..., Any]] = {
