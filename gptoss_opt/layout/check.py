@@ -30,6 +30,8 @@ def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
 
 def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
     """Raise `LayoutError` unless the parameters that are to be held otherwise than now are there to be read."""
+    # FSDP2 holds parameters that between a forward and a backward look like any.
+    under_fsdp = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
     for parameter in layout:
         form, how = layout.form(parameter), held.get(parameter, Held(Form()))
         stays = (form.storage, form.splits, not layout.axes) == (how.form.storage, how.form.splits, how.mesh is None)
@@ -42,13 +44,14 @@ def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) ->
                     f"{name} is on the meta device, without values: it was never loaded, or is offloaded. Use "
                     "load(path, ...), or wrap and undo before offloading."
                 )
-            if type(tensor) not in (nn.Parameter, STORAGES[how.form.storage].kind) and not (
-                how.mesh and how.mesh.holds(tensor)
-            ):
+            ours = type(tensor) in (nn.Parameter, STORAGES[how.form.storage].kind)
+            if not ours and not (how.mesh and how.mesh.holds(tensor)):
                 raise LayoutError(
                     f"{name} is a {type(tensor).__name__}, which something else has made of it (fully_shard, a "
                     "quantiser). Wrap and undo before that."
                 )
+            if under_fsdp:
+                raise LayoutError(f"{name} is held by FSDP, since fully_shard. Wrap and undo before that.")
 
 
 def _wrong_form(parameter: str, form: Form, layout: Layout) -> Iterator[str]:

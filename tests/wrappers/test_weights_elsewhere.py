@@ -236,3 +236,8 @@ def test_what_fsdp_has_sharded_is_not_packed_nor_undone() -> None:
     with pytest.raises(CompatibilityError, match="gate_up_proj_blocks is a DTensor"):
         undo(model)
     assert len(stack_of(model)) == 1
+    # After a forward the parameters of the root look like any.
+    model(ids())
+    with pytest.raises(CompatibilityError, match="gate_up_proj_blocks is (a DTensor|held by FSDP)"):
+        undo(model)
+    assert len(stack_of(model)) == 1
