@@ -13,25 +13,30 @@ PLAIN: tuple[type[Tensor], ...] = (Tensor, nn.Parameter, Codes)
 """The types of tensors that are what they seem; others stand for something else, such as a part of a DTensor."""
 
 
-def plain(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor that lies in memory as it seems to. Raises `ValueError`, which names it, unless it does."""
+CPU = torch.device("cpu")
+
+
+def admit(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    device: torch.device = CPU,
+    *,
+    strided: bool = True,
+) -> Tensor:
+    """Return a tensor whose values native code can read one after the other; a copy where they lie with gaps.
+
+    Raises `ValueError`, which names the tensor, unless it is plain and has values, and is of this dtype, shape and
+    device; where it must not be copied (`strided` is False), also if they lie with gaps.
+
+    Example:
+        >>> admit("offsets", torch.zeros(8)[::2], torch.float32, (4,)).stride()
+        (1,)
+    """
     if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_neg():
         kind = f"a {type(tensor).__name__}" if type(tensor) not in PLAIN else f"negated, or {tensor.layout}"
         raise ValueError(f"{name} is {kind}, whose memory native code cannot read. Hand it a plain, dense tensor.")
-    return tensor
-
-
-def admit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return a tensor whose values native code can read as they lie in memory.
-
-    Raises `ValueError`, which names the tensor, unless it is plain, contiguous and has values, and is of this dtype,
-    shape and device.
-
-    Example:
-        >>> admit("offsets", torch.zeros(4), torch.float32, (4,), torch.device("cpu")).shape
-        torch.Size([4])
-    """
-    plain(name, tensor)
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} is {list(tensor.shape)}, and should be {list(shape)}.")
     if tensor.dtype != dtype or tensor.device != device:
@@ -39,8 +44,8 @@ def admit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], d
             f"{name} is {tensor.dtype} on {tensor.device}, and should be {dtype} on {device}: moved or cast after it "
             "was wrapped. Apply the wrapper again: it chooses anew."
         )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous, with strides {list(tensor.stride())}. Give {name}.contiguous().")
     if tensor.numel() and not tensor.data_ptr():
         raise ValueError(f"{name} has no values: its memory was given back, as FSDP does between forwards.")
-    return tensor
+    if not strided and not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous, with strides {list(tensor.stride())}. Give {name}.contiguous().")
+    return tensor.contiguous()

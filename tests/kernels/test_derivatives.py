@@ -62,6 +62,14 @@ def second(model: Any) -> Tensor:
     return torch.cat([g.flatten() for g in found])
 
 
+def third(model: Any) -> Tensor:
+    weight = model.model.layers[0].mlp.experts.gate_up_proj_bias
+    found = model(ids(1, 6), labels=ids(1, 6), use_cache=False).loss
+    for _ in range(2):
+        (found,) = torch.autograd.grad(found.square().sum(), weight, create_graph=True)
+    return torch.autograd.grad(found.square().sum(), weight)[0]
+
+
 def batched(model: Any) -> Tensor:
     outputs = model(ids(1, 6), use_cache=False).logits[0, -1, :4]
     return torch.autograd.grad(outputs, model.model.embed_tokens.weight, torch.eye(4), is_grads_batched=True)[0]
@@ -96,6 +104,11 @@ def test_second_derivatives(wrap: Callable[..., Any]) -> None:
             second(made(wrap))
     else:
         assert relative(second(made(wrap)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("wrap", [with_fast_experts, with_mxfp4_experts])
+def test_third_derivatives(wrap: Callable[..., Any]) -> None:
+    assert relative(third(made(wrap)), third(made())) < 1e-3
 
 
 def test_second_derivatives_of_dense_weights() -> None:

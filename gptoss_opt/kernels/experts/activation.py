@@ -59,10 +59,10 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _second(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        d_h, gate_up = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-        d_gate_up = PACKED_KERNELS["reference"].swiglu_backward(d_h, gate_up, ctx.alpha, ctx.limit)
-    return *torch.autograd.grad(d_gate_up, (d_h, gate_up), g), None, None, None
+    plain = PACKED_KERNELS["reference"].swiglu_backward
+    # Which further derivatives go through, as it is made of plain operations.
+    back = torch.func.vjp(lambda d_h, gate_up: plain(d_h, gate_up, ctx.alpha, ctx.limit), *ctx.saved_tensors)[1]
+    return *back(g), None, None, None
 
 
 clamped_swiglu_backward.register_autograd(_second, setup_context=_save_backward)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import gate, native
+from .. import native
+from ..gate import admit
 from . import format as plain
 
 
@@ -14,10 +15,10 @@ def pack(dense: Tensor) -> tuple[Tensor, Tensor]:
     if native.why_not(dense.device.type, dense.dtype) is not None or dense.ndim == 0 or dense.shape[-1] % plain.BLOCK:
         return plain.pack(dense)
     functions, best, parallel = native.library()
-    rows = gate.plain("weights", dense.detach()).contiguous()
+    rows = admit("weights", dense.detach(), dense.dtype, dense.shape)
     shape = (*dense.shape[:-1], dense.shape[-1] // plain.BLOCK)
     blocks, scales = (torch.empty(size, dtype=torch.uint8) for size in ((*shape, plain.BLOCK // 2), shape))
-    there = native.address("weights", rows, rows.dtype, dense.shape), blocks.data_ptr(), scales.data_ptr()
+    there = map(Tensor.data_ptr, (rows, blocks, scales))
     half, num_threads = rows.dtype == torch.bfloat16, torch.get_num_threads()
     failed = functions.gptoss_pack(best, half, *there, scales.numel(), parallel, num_threads)
     # What is not finite is refused in one place.
@@ -30,9 +31,9 @@ def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -
         return plain.unpack(blocks, scales, dtype)
     plain.check_shapes(blocks, scales)
     functions, _, parallel = native.library()
-    blocks, scales = gate.plain("blocks", blocks).contiguous(), gate.plain("scales", scales).contiguous()
+    blocks = admit("blocks", blocks, torch.uint8, blocks.shape)
+    scales = admit("scales", scales, torch.uint8, scales.shape)
     dense = torch.empty((*scales.shape[:-1], scales.shape[-1] * plain.BLOCK), dtype=dtype)
-    there = (native.address(n, t, torch.uint8, t.shape) for n, t in (("blocks", blocks), ("scales", scales)))
-    num_threads = torch.get_num_threads()
-    functions.gptoss_unpack(dtype == torch.bfloat16, *there, dense.data_ptr(), scales.numel(), parallel, num_threads)
+    there, num_threads = map(Tensor.data_ptr, (blocks, scales, dense)), torch.get_num_threads()
+    functions.gptoss_unpack(dtype == torch.bfloat16, *there, scales.numel(), parallel, num_threads)
     return dense

@@ -11,15 +11,12 @@ import ctypes
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ..gate import admit
 
 MODULE = "gptoss_opt.kernels.native._native"
 DTYPES = (torch.bfloat16, torch.float32)
@@ -54,14 +51,6 @@ class Library(NamedTuple):
     functions: ctypes.CDLL
     best: int
     parallel: ctypes.c_void_p | None
-
-
-CPU = torch.device("cpu")
-
-
-def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """The address of a tensor's values, for a call into the library. Raises `ValueError`: see `gate.admit`."""
-    return admit(name, tensor, dtype, shape, CPU).data_ptr()
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:

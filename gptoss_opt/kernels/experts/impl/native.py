@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...gate import plain
+from ...gate import admit
 from ...mxfp4 import BLOCK
-from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, address, library, why_not
+from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, library, why_not
 from ..clamp import edge
 from ..tracing import needs_operator
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights
@@ -46,15 +46,14 @@ class Native:
         dtype = _dtype(x, gate_up, down, which=which)
         num_experts, hidden, pairs = gate_up.shape
         routes = (len(x), indices.shape[-1])
-        rows, indices = plain("x", x).to(dtype).contiguous(), plain("indices", indices).to(torch.int64).contiguous()
+        rows = admit("x", x.to(dtype), dtype, (len(x), hidden))
+        indices = admit("indices", indices.to(torch.int64), torch.int64, routes)
         # To the dtype of x first: as where gradients are asked for.
-        routing_weights = plain("routing_weights", routing_weights).to(x.dtype).to(torch.float32).contiguous()
+        routing_weights = admit("routing_weights", routing_weights.to(x.dtype).float(), torch.float32, routes)
         out = torch.empty_like(rows)
         status = functions.gptoss_experts(
             which if dtype == torch.bfloat16 else min(which, BFLOAT16 - 1),
-            address("x", rows, dtype, (len(x), hidden)),
-            address("indices", indices, torch.int64, routes),
-            address("routing_weights", routing_weights, torch.float32, routes),
+            *map(Tensor.data_ptr, (rows, indices, routing_weights)),
             _matrices("gate_up", gate_up, gate_up.bias, dtype, gate_up.shape),
             _matrices("down", down, down.bias, dtype, (num_experts, pairs // 2, hidden)),
             out.data_ptr(),
@@ -152,12 +151,12 @@ def _matrices(
         named = [(f"{name}_blocks", weights.blocks, torch.uint8, (*blocks, BLOCK // 2))]
         named += [(f"{name}_scales", weights.scales, torch.uint8, blocks)]
     if bias is not None:
-        named += [(f"{name}_bias", plain(f"{name}_bias", bias).to(dtype), dtype, (num_experts, shape[2]))]
-    named = [(what, plain(what, tensor).contiguous(), kind, size) for what, tensor, kind, size in named]
-    there = [address(*one) for one in named]
+        named += [(f"{name}_bias", bias.to(dtype), dtype, (num_experts, shape[2]))]
+    tensors = tuple([admit(*one) for one in named])
+    there = [tensor.data_ptr() for tensor in tensors]
     values, scales = there[0], None if isinstance(weights, DenseWeights) else there[1]
     matrices = Matrices(values, scales, None if bias is None else there[-1], rows, length)
-    matrices.tensors = tuple(tensor for _, tensor, _, _ in named)
+    matrices.tensors = tensors
     return matrices
 
 
@@ -170,7 +169,8 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     if backward:
         width, out_width = out_width, width
     half, packed = dtype == torch.bfloat16, not isinstance(weights, DenseWeights)
-    rows, offsets = plain("rows", x).to(dtype).contiguous(), plain("offsets", offsets).contiguous()
+    rows = admit("rows", x.to(dtype), dtype, (len(x), width))
+    offsets = admit("offsets", offsets, torch.int32, (num_experts,))
     matrices = _matrices("weights", weights, None if backward else weights.bias, dtype, weights.shape)
     y = rows.new_empty(x.shape[0], out_width)
     y[int(offsets[-1]) :] = 0
@@ -178,9 +178,7 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     status = functions.gptoss_product(
         which if half else min(which, BFLOAT16 - 1),
         packed == backward,
-        address("rows", rows, dtype, (len(x), width)),
-        y.data_ptr(),
-        address("offsets", offsets, torch.int32, (num_experts,)),
+        *map(Tensor.data_ptr, (rows, y, offsets)),
         matrices,
         None if room is None else room.data_ptr(),
         offsets.numel(),
@@ -193,11 +191,13 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
 
 def _activate(gate_up: Tensor, d_h: Tensor | None, to: Tensor, alpha: float, limit: float) -> Tensor:
     functions, best, parallel = library()
+    gate_up = admit("gate_up", gate_up, gate_up.dtype, gate_up.shape)
+    d_h = d_h if d_h is None else admit("d_h", d_h, gate_up.dtype, (len(gate_up), gate_up.shape[1] // 2))
     functions.gptoss_swiglu(
         best,
         gate_up.dtype == torch.bfloat16,
-        address("gate_up", gate_up, gate_up.dtype, gate_up.shape),
-        None if d_h is None else address("d_h", d_h, gate_up.dtype, (len(gate_up), gate_up.shape[1] // 2)),
+        gate_up.data_ptr(),
+        None if d_h is None else d_h.data_ptr(),
         to.data_ptr(),
         gate_up.numel() // 2,
         alpha,

@@ -128,8 +128,8 @@ TRITON = Triton()
 
 def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The dense weights `[E, O, K]`, exactly as `mxfp4.unpack` gives them; bfloat16, float16 or float32."""
-    admit("blocks", blocks, torch.uint8, (*scales.shape, BLOCK // 2), blocks.device)
-    admit("scales", scales, torch.uint8, scales.shape, blocks.device)
+    admit("blocks", blocks, torch.uint8, (*scales.shape, BLOCK // 2), blocks.device, strided=False)
+    admit("scales", scales, torch.uint8, scales.shape, blocks.device, strided=False)
     dense = torch.empty(*scales.shape[:-1], scales.shape[-1] * BLOCK, dtype=dtype, device=blocks.device)
     if dense.numel():
         grid = (_cdiv(scales.numel(), SCALES_PER_PROGRAM),)
@@ -151,11 +151,11 @@ def _check(rows: Tensor, offsets: Tensor, weights: PackedWeights, *, dim: int) -
     if rows.dtype not in DTYPES:
         raise ValueError(f"rows are {rows.dtype}. Use one of {', '.join(map(str, DTYPES))}.")
     blocks, device = (*weights.scales.shape, BLOCK // 2), rows.device
-    admit("rows", rows.contiguous(), rows.dtype, (len(rows), weights.shape[dim]), device)
-    admit("offsets", offsets, torch.int32, weights.shape[:1], device)
+    admit("rows", rows, rows.dtype, (len(rows), weights.shape[dim]), device)
+    admit("offsets", offsets, torch.int32, weights.shape[:1], device, strided=False)
     # A copy of the weights on every call would hide what packing is for.
-    admit("blocks", weights.blocks, torch.uint8, blocks, device)
-    admit("scales", weights.scales, torch.uint8, blocks[:-1], device)
+    admit("blocks", weights.blocks, torch.uint8, blocks, device, strided=False)
+    admit("scales", weights.scales, torch.uint8, blocks[:-1], device, strided=False)
 
 
 def _tile(tiles: tuple[tuple[int | None, TileConfig], ...], rows: Tensor, num_experts: int) -> TileConfig:
@@ -206,7 +206,7 @@ def _launch(
 
 def _activate(name: str, alpha: float, limit: float, *tensors: Tensor) -> None:
     for tensor in tensors:
-        admit("gate_up or its gradient", tensor, tensors[0].dtype, tensor.shape, tensors[0].device)
+        admit("gate_up or its gradient", tensor, tensors[0].dtype, tensor.shape, tensors[0].device, strided=False)
     pairs = min(tensor.numel() for tensor in tensors)
     if pairs:
         with torch.cuda.device_of(tensors[0]):

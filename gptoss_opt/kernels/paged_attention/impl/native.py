@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...gate import plain
+from ...gate import admit
 from ..paged import Blocks, Chunk, Paged
 
 LANES = 16
@@ -56,22 +56,24 @@ def attend(
     num_kv_heads, page_size = keys.shape[1:3]
     assert paged.blocks is not None, "the native backend needs what blocks_for gives"
     blocks, max_queries = paged.blocks
-    q, sinks = plain("queries", q).contiguous(), plain("sinks", sinks).to(torch.float32).contiguous()
-    out, num_rows = torch.empty_like(q), len(paged.block_table)
-    table, starts = paged.block_table.contiguous(), paged.context_starts.contiguous()
+    num_rows, width = paged.block_table.shape
+    q = admit("queries", q, q.dtype, q.shape)
+    tensors = (
+        q,
+        admit("keys", keys, q.dtype, (len(keys), num_kv_heads, page_size, dim), strided=False),
+        admit("values", values, q.dtype, keys.shape, strided=False),
+        admit("sinks", sinks.to(torch.float32), torch.float32, (num_heads,)),
+        admit("block_table", paged.block_table, torch.int32, (num_rows, width)),
+        admit("context_starts", paged.context_starts, torch.int32, (num_rows,)),
+        admit("blocks", blocks, torch.int32, (len(blocks), 4)),
+        out := torch.empty_like(q),
+    )
     arguments = native.PagedArguments(
-        native.address("queries", q, q.dtype, q.shape),
-        native.address("keys", keys, q.dtype, (len(keys), num_kv_heads, page_size, dim)),
-        native.address("values", values, q.dtype, keys.shape),
-        native.address("sinks", sinks, torch.float32, (num_heads,)),
-        native.address("block_table", table, torch.int32, (num_rows, table.shape[1])),
-        native.address("context_starts", starts, torch.int32, (num_rows,)),
-        native.address("blocks", blocks, torch.int32, (len(blocks), 4)),
-        out.data_ptr(),
+        *map(Tensor.data_ptr, tensors),
         num_heads,
         num_kv_heads,
         dim,
-        table.shape[1],
+        width,
         page_size,
         window or 0,
         max_queries * (num_heads // num_kv_heads),

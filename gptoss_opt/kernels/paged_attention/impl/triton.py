@@ -57,7 +57,7 @@ def decode(
         ("context_lens", paged.context_lens, torch.int32, (num_rows,)),
         ("block_table", paged.block_table.contiguous(), torch.int32, (num_rows, width)),
     ):
-        admit(name, tensor, dtype, shape, q.device)
+        admit(name, tensor, dtype, shape, q.device, strided=False)
     seen = width * page_size if window is None else min(width * page_size, window)
     parts = num_parts(num_rows, num_kv_heads, seen)
     sums = torch.empty(num_rows, num_heads, parts, dim, dtype=torch.float32, device=q.device)
