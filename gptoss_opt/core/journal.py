@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 from torch import nn
@@ -128,23 +127,6 @@ class Around:
         return self.function(self.data, self.module, self.inner, *args, **kwargs)
 
 
-class Method:
-    """A function as a method of one module, which it does not keep alive; copied and pickled along with it."""
-
-    def __init__(self, function: Callable[..., Any], module: Any) -> None:
-        self.function, self.module = function, weakref.ref(module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.module(), *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Method:
-        module = self.module()
-        return Method(self.function, memo.get(id(module), module))
-
-    def __reduce__(self) -> tuple[type[Method], tuple[Any, ...]]:
-        return Method, (self.function, self.module())
-
-
 def _own(owner: Any, name: str) -> Any:
     """What an object itself has under a name. What a module's class gives it, it has again once ours is deleted."""
     of_class = getattr(type(owner), name, MISSING)
@@ -168,7 +150,7 @@ class Journal:
 
     def method(self, model: nn.Module, path: str, name: str, function: Callable[..., Any]) -> None:
         """Let `function(module, ...)`, a module-level one, be a method of the module at `path`."""
-        self.set(model, path, name, Method(function, resolve_path(model, path)))
+        self.set(model, path, name, partial(function, resolve_path(model, path)))
 
     def around(self, model: nn.Module, path: str, function: Callable[..., Any], data: Any) -> None:
         """Let `function(data, module, inner, ...)` be the forward of the module at `path`; `inner(...)` is what it was.

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
 from .collectives import add_once, all_reduce_gradient, mean_gradient
+from .parts import in_parts
 
 
 def dtensor_of(
@@ -34,13 +35,16 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
         ctx.like = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
+        ctx.splits = getattr(parameter, "splits", None)
         local = parameter.to_local()
         return local.view_as(local)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return dtensor_of(grads[0].contiguous(), *ctx.like)
+        whole = dtensor_of(grads[0].contiguous(), *ctx.like)
+        # What torch.compile traces knows no splits.
+        return whole if ctx.splits is None else in_parts(whole, ctx.splits)
 
 
 @dataclass(frozen=True)

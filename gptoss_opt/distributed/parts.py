@@ -51,6 +51,12 @@ class PartTensor(DTensor):
             return type(result)(_like([one[n] for one in lists] or args, out) for n, out in enumerate(result))
         return _like(pytree.tree_leaves((args, kwargs)), result)
 
+    def requires_grad_(self, requires_grad: bool = True) -> PartTensor:
+        """As of any tensor, but that codes stay frozen: `model.requires_grad_(True)` is about all else."""
+        if self.is_floating_point():
+            super().requires_grad_(requires_grad)
+        return self
+
     @staticmethod
     def __tensor_unflatten__(inner_tensors: Any, flatten_spec: Any, outer_size: Any, outer_stride: Any) -> DTensor:
         # What torch.compile traces knows no splits: it is of this class, and its graph gives it to nobody.

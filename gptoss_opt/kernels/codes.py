@@ -49,7 +49,7 @@ class Codes(nn.Parameter):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            if name == "detach":
+            if name in ("detach", "clone"):
                 result = result.as_subclass(cls)
                 result.detached = True
             return result

@@ -106,7 +106,6 @@ def keep_packed(model: nn.Module, journal: Journal) -> None:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             journal.method(model, path, "num_parameters", num_parameters)
-            journal.method(model, path, "requires_grad_", requires_grad)
             journal.method(model, path, "set_experts_implementation", cannot_set_experts)
 
 
@@ -120,14 +119,6 @@ def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings:
         # A byte of blocks holds two values, and one of scales none.
         count += parameter.numel() * (name.endswith(blocks) - name.endswith(scales))
     return count
-
-
-def requires_grad(model: Any, requires_grad: bool = True) -> Any:
-    """`requires_grad_` of a model with packed weights, which stay frozen."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(requires_grad)
-    return model
 
 
 def cannot_set_experts(model: object, experts_implementation: object) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from ..core import mesh_of
@@ -88,8 +89,22 @@ def why_not_captured(model: nn.Module) -> str | None:
     return None
 
 
+_STEPS = [0]
+"""How many steps optimizers have made in this process: fused ones change weights that count no versions."""
+
+
+def _count_step(*_: object) -> None:
+    _STEPS[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class WeightsWatch:
-    """Notices that a model computes otherwise than when it was last asked: its weights, adapters or modules changed."""
+    """Notices that a model computes otherwise than when it was last asked: its weights, adapters or modules changed.
+
+    What is written into `parameter.data` or into its memory behind torch's back is not noticed.
+    """
 
     ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
     """What the layers of peft say of the adapters on them."""
@@ -123,7 +138,7 @@ class WeightsWatch:
         switches = [copy.copy(one.get(name)) for one in self._adapters for name in self.ADAPTERS]
         with torch._C.DisableTorchFunctionSubclass():
             versions = [tensor._version for tensor in self._counting]
-            return children, [*map(id, tensors)], versions, [*map(Tensor.data_ptr, tensors)], switches
+            return children, [*map(id, tensors)], versions, [*map(Tensor.data_ptr, tensors)], switches, _STEPS[0]
 
 
 def packed_forward(

@@ -207,7 +207,10 @@ class ContinuousBatcher:
         return self._stepper.step()
 
     def clear_prefixes(self) -> None:
-        """Let no prompt use what was computed until now. Changed weights or adapters are noticed without it."""
+        """Let no prompt use what was computed until now.
+
+        Changed weights and adapters are noticed without it, but for what is written through `parameter.data`.
+        """
         self._stepper.forget()
 
     def stats(self) -> Stats:

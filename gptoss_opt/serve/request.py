@@ -16,6 +16,10 @@ from .sequence import SequenceState
 Decode = Callable[[list[int]], str]
 
 
+def _done() -> bool:
+    return False
+
+
 class GenerationError(RuntimeError):
     """A completion could not be made.
 
@@ -170,6 +174,8 @@ class Request:
 
     def _notify(self, finish_reason: str | None) -> None:
         self.finish_reason = finish_reason
+        if finish_reason is not None:
+            self._step = _done  # and no longer the batcher, which may be dropped
         self._changed.notify_all()
         for wake in self._wakers:
             wake()

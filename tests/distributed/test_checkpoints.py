@@ -83,13 +83,19 @@ def test_what_one_process_saved_is_read_by_many(ranks: Ranks, way: str, tmp_path
     assert max(ranks(read_plain, way, tmp_path)) < 1e-5
 
 
-def trained(way: str, folder: Path) -> float:
+def optimizer_of(kind: str, model: Any) -> torch.optim.Optimizer:
+    if kind == "AdamW":
+        return torch.optim.AdamW(model.parameters(), lr=0.01)
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def trained(way: str, kind: str, folder: Path) -> float:
     """An optimizer's state comes back too: two steps, and one step, saved, loaded into another, and one more."""
     degree = distributed.get_world_size()
 
     def made() -> tuple[Any, Any]:
         model = WRAP[way](degree)(tiny_model(**UNEVEN))
-        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, optimizer_of(kind, model)
 
     def step(model: Any, optimizer: Any) -> Tensor:
         optimizer.zero_grad()
@@ -122,9 +128,24 @@ def trained(way: str, folder: Path) -> float:
     return relative(step(model, optimizer), wanted)
 
 
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 @pytest.mark.parametrize("way", ["tensor parallel", "placed experts"])
-def test_an_optimizer_goes_on(ranks: Ranks, way: str, tmp_path: Path) -> None:
-    assert max(ranks(trained, way, tmp_path)) < 1e-4
+def test_an_optimizer_goes_on(ranks: Ranks, way: str, kind: str, tmp_path: Path) -> None:
+    assert max(ranks(trained, way, kind, tmp_path)) < 1e-4
+
+
+def gradients_of(way: str) -> float:
+    model, plain = WRAP[way](distributed.get_world_size())(tiny_model(**UNEVEN)), tiny_model(**UNEVEN)
+    for one in (model, plain):
+        one(ids(), labels=ids()).loss.backward()
+    wanted = dict(plain.named_parameters())
+    pairs = [(p.grad, wanted[name].grad) for name, p in model.named_parameters()]
+    return max(relative((gradient * 2).full_tensor(), 2 * exact) for gradient, exact in pairs)
+
+
+@pytest.mark.parametrize("way", ["tensor parallel", "placed experts", "both"])
+def test_full_gradients(ranks: Ranks, way: str) -> None:
+    assert max(ranks(gradients_of, way)) < 1e-4
 
 
 def wholes(way: str) -> float:

@@ -37,6 +37,13 @@ def train(model: Any) -> None:
     optimizer.zero_grad()
 
 
+def train_fused(model: Any) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    model(ids(), labels=ids()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def switch(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -60,6 +67,7 @@ def replace(model: Any) -> None:
 
 CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "a step of an optimizer": (tiny_model, train),
+    "a step of a fused optimizer": (tiny_model, train_fused),
     "an adapter switched off": (adapted, switch),
     "an adapter scaled": (adapted, scale),
     "other data": (tiny_model, swap),
@@ -132,8 +140,7 @@ def test_a_batcher_that_is_dropped_gives_the_model_back(packed: bool) -> None:
     assert len(stack_of(model)) == len(stack) + 1
     assert not model.training
     expected = batcher.generate([PROMPT], **OPTIONS)[0]
-    del batcher
-    gc.collect()
+    del batcher  # at once, without waiting for the garbage collector
     assert stack_of(model) == stack
     assert model.training
     # Of one that nobody holds, a request that goes on is completed.

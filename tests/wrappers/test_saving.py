@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import weakref
 from collections.abc import Callable
@@ -42,7 +43,11 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dequantised(path: Path) -> Any:
     """As transformers loads a packed checkpoint where it has no kernels for it."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for parameter in model.parameters():
+        # Older versions leave the experts in bfloat16.
+        parameter.data = parameter.data.float()
+    return model
 
 
 def dense(path: Path) -> Any:
@@ -57,7 +62,7 @@ def from_its_config(path: Path) -> Any:
 
 
 def logits_of(path: Path) -> list[Tensor]:
-    models = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), load(path, dtype=torch.float32)
+    models = dequantised(path), load(path, dtype=torch.float32)
     return [model(ids(1, 9)).logits for model in models]
 
 
@@ -81,6 +86,13 @@ def test_what_is_saved_is_read_back(
     assert "save_pretrained" not in vars(model)
 
 
+def test_a_model_without_a_name_saves_itself(tmp_path: Path) -> None:
+    with_mxfp4_experts(tiny_model()).save_pretrained(tmp_path)
+    assert relative(logits_of(tmp_path)[0], tiny_model()(ids(1, 9)).logits) < 1e-5
+    assert with_mxfp4_experts(tiny_model()).num_parameters() == tiny_model().num_parameters()
+    assert not any(p.requires_grad for p in with_mxfp4_experts(tiny_model()).requires_grad_(False).parameters())
+
+
 def test_without_a_wrapper_transformers_loses_the_experts_of_what_it_dequantised(
     released: Path, tmp_path: Path
 ) -> None:
@@ -96,10 +108,11 @@ def test_copies_pickles_and_parts_save_themselves(wrap: Callable[[Any], Any], re
     model = wrap(dequantised(released))
     expected = model(ids(1, 9)).logits
     model.model.save_pretrained(tmp_path / "part")
-    part = GptOssModel.from_pretrained(tmp_path / "part", dtype=torch.float32)
+    part = GptOssModel.from_pretrained(tmp_path / "part", dtype=torch.float32).float()
     assert relative(model.lm_head(part(ids(1, 9)).last_hidden_state), expected) < 1e-5
     copied, dropped = copy.deepcopy(model), weakref.ref(model)
     del model
+    gc.collect()
     assert dropped() is None, "saving keeps the model alive"
     for name, other in {"copied": copied, "pickled": pickle.loads(pickle.dumps(copied))}.items():
         with torch.no_grad():
