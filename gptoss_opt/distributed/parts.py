@@ -103,6 +103,10 @@ class PartTensor(DTensor):
             yield offsets, sizes, tuple(slice(at, at + size) for _, size, at in box)
 
 
+# As those of DTensors are: torch.load(weights_only=True) reads what a rank has saved.
+torch.serialization.add_safe_globals([PartTensor, Split, range])
+
+
 def _runs(part: Part) -> list[tuple[int, int, int]]:
     """The runs of neighbouring indices of a part: where each begins, how long it is, and where it lies in the part."""
     indices = list(part)

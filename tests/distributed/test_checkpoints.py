@@ -148,6 +148,22 @@ def test_full_gradients(ranks: Ranks, way: str) -> None:
     assert max(ranks(gradients_of, way)) < 1e-4
 
 
+def saved_by_each(way: str, folder: Path) -> float:
+    model = WRAP[way](distributed.get_world_size())(tiny_model(**UNEVEN))
+    file = folder / f"{distributed.get_rank()}.pt"
+    torch.save(model.state_dict(), file)
+    zeroed(model)
+    state = torch.load(file, weights_only=True)
+    model.load_state_dict(state)
+    whole = max(relative(p.full_tensor(), state[name].full_tensor()) for name, p in model.named_parameters())
+    return whole + relative(model(ids()).logits, tiny_model(**UNEVEN)(ids()).logits)
+
+
+@pytest.mark.parametrize("way", ["tensor parallel", "both"])
+def test_what_each_rank_saves_by_itself(ranks: Ranks, way: str, tmp_path: Path) -> None:
+    assert max(ranks(saved_by_each, way, tmp_path)) < 1e-5
+
+
 def wholes(way: str) -> float:
     model = WRAP[way](distributed.get_world_size())(tiny_model(**UNEVEN))
     exact = tiny_model(**UNEVEN).state_dict()
