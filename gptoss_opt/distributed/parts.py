@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from ..kernels.codes import refuse_arithmetic
 from ..layout import Part, Split
 from . import collectives
 
@@ -44,6 +45,9 @@ class PartTensor(DTensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # Parameters of bytes are codes.
+        if any(isinstance(x, PartTensor) and x.dtype == torch.uint8 for x in pytree.tree_leaves(args)):
+            refuse_arithmetic(func.overloadpacket.__name__)
         result = DTensor.__torch_dispatch__(func, types, args, kwargs or {})
         # Of lists, such as an optimizer's, each result is of the tensors at its place.
         if type(result) in (list, tuple):

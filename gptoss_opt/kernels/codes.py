@@ -19,6 +19,17 @@ ARITHMETIC = frozenset(
 """What would make other numbers of codes, by the names that torch has for it, without the underscores around."""
 
 
+def refuse_arithmetic(name: str) -> None:
+    """Raise `ValueError` if the function of torch that has this name would make other numbers of codes."""
+    name = name.strip("_").removeprefix("foreach_")
+    if name in ARITHMETIC:
+        raise ValueError(  # a TypeError would get lost in torch's operators
+            f"{name} was called on packed weights, whose bytes are codes of MXFP4, and no numbers. Leave out what is "
+            "not floating point: to average a model, give AveragedModel a multi_avg_fn that skips it (it gets the "
+            "tensors of one dtype at a time)."
+        )
+
+
 class Codes(nn.Parameter):
     """A parameter of codes, as one process holds it. It is frozen, and whoever does arithmetic on it is told."""
 
@@ -40,13 +51,8 @@ class Codes(nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name = getattr(func, "__name__", "").strip("_").removeprefix("foreach_")
-        if name in ARITHMETIC:
-            raise ValueError(  # a TypeError would get lost in torch's operators
-                f"{name} was called on packed weights, whose bytes are codes of MXFP4, and no numbers. Leave out what "
-                "is not floating point: to average a model, give AveragedModel a multi_avg_fn that skips it (it gets "
-                "the tensors of one dtype at a time)."
-            )
+        name = getattr(func, "__name__", "")
+        refuse_arithmetic(name)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
             if name in ("detach", "clone"):

@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gptoss_opt import balance_experts, compose, shard_experts, shard_tensor_parallel, undo, with_mxfp4_experts
 from tests.distributed.models import UNEVEN
@@ -162,6 +163,21 @@ def saved_by_each(way: str, folder: Path) -> float:
 @pytest.mark.parametrize("way", ["tensor parallel", "both"])
 def test_what_each_rank_saves_by_itself(ranks: Ranks, way: str, tmp_path: Path) -> None:
     assert max(ranks(saved_by_each, way, tmp_path)) < 1e-5
+
+
+def averaged() -> str:
+    model = compose(shard_tensor_parallel(), with_mxfp4_experts())(tiny_model(**UNEVEN))
+    model.requires_grad_(False).requires_grad_(True)
+    assert all(p.requires_grad == p.is_floating_point() for p in model.parameters())
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(model)
+    with pytest.raises(ValueError, match="was called on packed weights") as error:
+        average.update_parameters(model)
+    return str(error.value)
+
+
+def test_codes_are_not_averaged_either(ranks: Ranks) -> None:
+    assert all("no numbers" in said for said in ranks(averaged))
 
 
 def wholes(way: str) -> float:

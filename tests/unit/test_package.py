@@ -71,7 +71,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels": set(),
     "layout": {"kernels"},
     "core": {"layout", "table"},
-    "distributed": {"layout"},
+    "distributed": {"layout", "kernels"},
     "model": {"core", "distributed", "kernels", "layout"},
     "checkpoint": {"core", "kernels", "layout", "model"},
     "parallel": {"checkpoint", "core", "distributed", "kernels", "layout", "model"},
