@@ -35,7 +35,8 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
         ctx.like = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
-        ctx.splits = getattr(parameter, "splits", None)
+        # What torch.compile traces knows no splits.
+        ctx.splits = None if torch.compiler.is_compiling() else getattr(parameter, "splits", None)
         local = parameter.to_local()
         return local.view_as(local)
 
@@ -43,7 +44,6 @@ class _Local(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         whole = dtensor_of(grads[0].contiguous(), *ctx.like)
-        # What torch.compile traces knows no splits.
         return whole if ctx.splits is None else in_parts(whole, ctx.splits)
 
 
