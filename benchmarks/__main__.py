@@ -21,6 +21,7 @@ BENCHMARKS = {
     "batching": "continuous batching, beside vLLM and transformers",
     "frames": "how many Python frames of the package a forward, a training step and a serving step enter",
     "layout": "how long it takes to compute the layouts of the released models",
+    "watch": "how long a batcher takes to notice whether the weights have changed",
 }
 BY_DEFAULT = ("attention", "experts", "load", "parallel", "batching")
 

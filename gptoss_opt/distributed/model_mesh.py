@@ -17,7 +17,7 @@ from ..layout import LayoutError, Split
 from . import collectives
 from .local import dtensor_of
 from .mesh import join, names_of, root_of
-from .parts import in_parts, put_together, shapes_of
+from .parts import gather_whole, in_parts, put_together, shapes_of
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,7 @@ class ModelMesh:
 
     def whole(self, local: Tensor, splits: Sequence[Split]) -> Tensor:
         """Gather the whole tensor from the ranks; all of them must ask for it."""
-        for split in splits:
-            group, rank = self.group(split.axis), self.coordinate[split.axis]
-            parts = collectives.all_gather_parts(local, shapes_of(local, split), rank, group)
-            local = put_together(parts, split)
-        return local
+        return gather_whole(local, splits, self.mesh)
 
     def gather(self, local: Tensor, splits: Sequence[Split]) -> Tensor | None:
         """Gather the whole tensor on the first of the ranks, None on the others; all of them must ask for it."""

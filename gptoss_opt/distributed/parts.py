@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
@@ -68,12 +69,7 @@ class PartTensor(DTensor):
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         """The whole tensor, gathered from the ranks; all of them must ask for it."""
-        local = self.to_local(grad_placements=grad_placements)
-        for split in self._known():
-            group, rank = self.device_mesh.get_group(split.axis), self.device_mesh.get_local_rank(split.axis)
-            parts = collectives.all_gather_parts(local.detach(), shapes_of(local, split), rank, group)
-            local = put_together(parts, split)
-        return local
+        return gather_whole(self.to_local(grad_placements=grad_placements).detach(), self._known(), self.device_mesh)
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes, _ in self._chunks()]
@@ -141,6 +137,15 @@ def _alike(one: DTensor, other: DTensor) -> bool:
         lambda x: x._local_tensor.shape,
     ]
     return all(fact(one) == fact(other) for fact in facts)
+
+
+def gather_whole(local: Tensor, splits: Sequence[Split], mesh: DeviceMesh) -> Tensor:
+    """The whole tensor of which this rank holds `local`, on all ranks; all of them must ask for it."""
+    for split in splits:
+        group, rank = mesh.get_group(split.axis), mesh.get_local_rank(split.axis)
+        parts = collectives.all_gather_parts(local, shapes_of(local, split), rank, group)
+        local = put_together(parts, split)
+    return local
 
 
 def shapes_of(local: Tensor, split: Split) -> list[list[int]]:

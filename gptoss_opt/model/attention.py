@@ -6,7 +6,6 @@ with no error. A key must not contain "flash" or "sdpa": transformers rewrites t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -33,8 +32,6 @@ from .modules import NO_LAYERS, WRAPPED, attention_modules, decoder_path, execut
 from .packing import Packing, packing_of, readable
 
 KEY = "gptoss_opt:{}"
-
-logger = logging.getLogger(__name__)
 
 ATTENTION = "the attention computation"
 """A slot of a model: see `Wrapper`."""

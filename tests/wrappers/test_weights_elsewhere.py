@@ -154,7 +154,7 @@ def test_the_gate_of_native_code(which: str, broken: Broken) -> None:
             NATIVE.fused(given["x"], given["indices"], given["routing_weights"], gate_up, down, 1.702, 7.0)
 
     run(given)
-    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=broken.said):
+    with pytest.raises(ValueError, match=broken.said):
         run({**given, which: broken.made(given[which])})
 
 

@@ -51,11 +51,11 @@ def forward(kernel: TileKernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, 
     out = q.new_zeros(batch, num_queries, heads, dim).transpose(1, 2)
     # Before any key is seen there is only the sink. A trailing dim lets tiles treat it as they treat queries.
     lse = sinks.to(accumulator(q.dtype))[None, :, None, None].repeat(batch, 1, num_queries, 1)
-    see(kernel, q, k, v, out, lse, rules)
+    attend(kernel, q, k, v, out, lse, rules)
     return out, lse.squeeze(-1)
 
 
-def see(
+def attend(
     kernel: TileKernel,
     q: Tensor,
     k: Tensor,
@@ -84,11 +84,11 @@ def backward(
     # Heads of a group and neighbouring tiles add up in one key: sum them in at least float32.
     dk = k.new_zeros(k.shape, dtype=accumulator(k.dtype))
     dv = torch.zeros_like(dk)
-    see_backward(kernel, d_out, q, k, v, out, lse, dq, dk, dv, rules)
+    attend_backward(kernel, d_out, q, k, v, out, lse, dq, dk, dv, rules)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def see_backward(
+def attend_backward(
     kernel: TileKernel,
     d_out: Tensor,
     q: Tensor,

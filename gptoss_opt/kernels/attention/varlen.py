@@ -95,7 +95,7 @@ def _plan(q: Tensor, k: Tensor, rules: Rules) -> Packing | None:
         return Packing(None, None, call)
     queries = [torch.arange(s.q0, s.q1) + s.row * num_queries for s in found]
     keys = [torch.arange(s.k0, s.k1) + s.row * num_keys for s in found]
-    others = [segment for segment in everything if segment not in found]
+    others = [segment for segment in everything if segment.holes or segment.behind]
     return Packing(torch.cat(queries).to(device), torch.cat(keys).to(device), call, others)
 
 
@@ -120,7 +120,7 @@ def forward(
         packed_lse = flat.index_copy_(1, packing.queries, packed_lse)
     lse = packed_lse.unflatten(1, (batch, num_queries)).transpose(0, 1).contiguous()
     if packing.others:
-        tiled.see(masked, q, k, v, out, lse[..., None], rules, packing.others)
+        tiled.attend(masked, q, k, v, out, lse[..., None], rules, packing.others)
     return out, lse
 
 
@@ -151,5 +151,5 @@ def backward(
     dk, dv = (_unpack(x, packing.keys, k.shape[0], k.shape[2]) for x in (dk, dv))
     if packing.others:
         dk, dv = (x.to(tiled.accumulator(x.dtype)) for x in (dk, dv))
-        tiled.see_backward(masked, d_out, q, k, v, out, lse, dq, dk, dv, rules, packing.others)
+        tiled.attend_backward(masked, d_out, q, k, v, out, lse, dq, dk, dv, rules, packing.others)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
