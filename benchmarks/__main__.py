@@ -19,6 +19,8 @@ BENCHMARKS = {
     "load": "`load` of a packed checkpoint of the 20b's shapes (--layers N; --full: all of them, and generate)",
     "parallel": "sharded models on two processes, beside transformers' expert parallelism (--layers N)",
     "batching": "continuous batching, beside vLLM and transformers",
+    "finetune": "LoRA on attention and experts, beside transformers and peft",
+    "loss": "head and loss over the vocabulary, beside transformers and torch's linear_cross_entropy",
     "frames": "how many Python frames of the package a forward, a training step and a serving step enter",
     "layout": "how long it takes to compute the layouts of the released models",
     "watch": "how long a batcher takes to notice whether the weights have changed",

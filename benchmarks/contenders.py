@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, GptOssForCausalLM
 
+from benchmarks.apart import Apart
 from benchmarks.harness import device
 from gptoss_opt import ContinuousBatcher, load, with_fast_experts, with_flash_attention, with_mxfp4_experts
 
@@ -166,7 +165,7 @@ def vllm(checkpoints: Checkpoints) -> Runs:
     return run
 
 
-class Contender:
+class Contender(Apart):
     """A contender loads its model in a process of its own when it first runs, and holds it until it is closed.
 
     Attributes:
@@ -174,45 +173,11 @@ class Contender:
     """
 
     def __init__(self, make: Callable[..., Runs], *args: Any, **options: Any) -> None:
-        self._make = partial(make, *args, **options)
-        self._connection: Any = None
+        super().__init__(make, *args, **options)
         self.outcomes: list[Outcome] = []
 
     def run(self, asks: Sequence[Ask], warm: Sequence[Ask]) -> None:
         """Serve requests that are all submitted at once; before its first run it serves some that do not count."""
-        if self._connection is None:
-            context = multiprocessing.get_context("spawn")
-            self._connection, there = context.Pipe()
-            self._process = context.Process(
-                target=_serve, args=(there, self._make, torch.get_num_threads()), daemon=True
-            )
-            self._process.start()
-            there.close()
-            self._ask(warm)
-        self.outcomes.append(self._ask(asks))
-
-    def _ask(self, asks: Sequence[Ask]) -> Outcome:
-        self._connection.send(list(asks))
-        answer = self._connection.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return Outcome(*answer)
-
-    def close(self) -> None:
-        """End the process."""
-        if self._connection is not None:
-            self._connection.close()
-            self._process.join()
-            self._connection = None
-
-
-def _serve(connection: Any, make: Callable[[], Runs], threads: int) -> None:
-    torch.set_num_threads(threads)
-    try:
-        run = make()
-        while True:
-            connection.send(run(connection.recv()))
-    except EOFError:
-        pass
-    except Exception as error:
-        connection.send(error)
+        if not self.started:
+            self.ask(list(warm))
+        self.outcomes.append(Outcome(*self.ask(list(asks))))

@@ -1,13 +1,18 @@
 """Composable wrappers that make a Hugging Face GPT-OSS model fast and small, and keep it the same model."""
 
-from .checkpoint import CheckpointError, gather_state_dict, load
+from .checkpoint import CheckpointError, gather_state_dict, load, save_adapter
 from .core import BackendError, CompatibilityError, IrreversibleError, Stack, Wrapper, compose, explain, stack_of, undo
 from .distributed import balance_experts, init_distributed
+from .model.adapters import adapters_off
 from .serve import ContinuousBatcher, GenerationError
+from .train import export, load_adapter, merge_lora
 from .version import __version__
+from .wrappers.chunked_loss import with_chunked_loss
 from .wrappers.expert_parallel import shard_experts
 from .wrappers.fast_experts import with_fast_experts
 from .wrappers.flash_attention import with_flash_attention
+from .wrappers.full_finetuning import with_full_finetuning
+from .wrappers.lora import with_lora
 from .wrappers.mxfp4_experts import with_mxfp4_experts
 from .wrappers.tensor_parallel import shard_tensor_parallel
 
@@ -21,17 +26,25 @@ __all__ = [
     "Stack",
     "Wrapper",
     "__version__",
+    "adapters_off",
     "balance_experts",
     "compose",
     "explain",
+    "export",
     "gather_state_dict",
     "init_distributed",
     "load",
+    "load_adapter",
+    "merge_lora",
+    "save_adapter",
     "shard_experts",
     "shard_tensor_parallel",
     "stack_of",
     "undo",
+    "with_chunked_loss",
     "with_fast_experts",
     "with_flash_attention",
+    "with_full_finetuning",
+    "with_lora",
     "with_mxfp4_experts",
 ]

@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from . import BackendError, CompatibilityError, __version__
+from . import BackendError, CheckpointError, CompatibilityError, __version__
+from .train.options import FinetuneError, add_options, read_config, settle
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -14,7 +15,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with these arguments (by default the program's own), and return the exit code.
 
-    0: done. 1: the demo found a difference above its tolerance. 2: wrong arguments, or a model that cannot be used.
+    0: done. 1: the demo found a difference above its tolerance. 2: wrong arguments, or a model or data that cannot be
+    used. 130: stopped by Ctrl-C.
     """
     args = parser().parse_args(argv)
     return int(args.run(args))
@@ -49,6 +51,17 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_whole_number(1), metavar="N", help="CPU threads (default: torch's own choice)")
     demo.add_argument("--ranks", type=_whole_number(2), metavar="N", help="shard the model over N processes as well")
     demo.set_defaults(run=_demo)
+
+    finetune = commands.add_parser(
+        "finetune",
+        help="train adapters, or all parameters, on a file of rows",
+        description="Train adapters or all parameters of a checkpoint on JSON lines: chats, texts, or prompts with "
+        "completions. Rows are all checked before training starts. Ctrl-C saves.",
+    )
+    add_options(finetune)
+    finetune.add_argument("--resume", action="store_true", help="go on with the run in --output, with its options")
+    finetune.add_argument("--show-code", action="store_true", help="print a script that does the same, and do nothing")
+    finetune.set_defaults(run=_finetune)
     return top
 
 
@@ -72,3 +85,26 @@ def _demo(args: argparse.Namespace) -> int:
         return 2
     print(report)
     return 1 if report.problems else 0
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    from .train.finetune import finetune
+    from .train.run_folder import continued
+    from .train.script import script
+
+    given = {name: value for name, value in vars(args).items() if name not in ("run", "config", "resume", "show_code")}
+    try:
+        given = {**(read_config(args.config) if args.config else {}), **given}
+        options = settle(continued(given) if args.resume else given)
+        if args.show_code:
+            print(script(options), end="")
+            return 0
+        summary = finetune(options, resume=args.resume)
+    except (FinetuneError, CheckpointError, CompatibilityError, BackendError) as error:
+        print(f"gptoss_opt finetune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gptoss_opt finetune: stopped. What was saved before is there, and nothing since.", file=sys.stderr)
+        return 130
+    print(summary)
+    return 0 if summary.finished else 130

@@ -3,7 +3,7 @@
 Example:
     >>> from gptoss_opt import extend
     >>> [phase.name for phase in extend.Phase]
-    ['LAYOUT', 'COMPUTE', 'ADAPT', 'PARALLEL', 'OBSERVE']
+    ['LAYOUT', 'COMPUTE', 'ADAPT', 'LOSS', 'PARALLEL', 'OBSERVE']
 """
 
 from .core import (

@@ -145,5 +145,7 @@ def names_reversed(monkeypatch: pytest.MonkeyPatch) -> None:
 def group_of_one() -> Iterator[None]:
     """Meanwhile, this process is a process group by itself: what shards, shards into one part."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..core import held_by, layout_of, mesh_of
+from ..distributed import ModelMesh
 from ..layout import Split
 from ..model.saving import config_to_save
 from .writer import write_files
@@ -23,7 +24,7 @@ from .writer import write_files
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-def gather_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+def gather_state_dict(model: nn.Module, *, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
     """The whole tensors of a model that several ranks hold together, one after the other.
 
     Every rank must go through all of it. Rank 0 gets the tensors, in the order of `state_dict()`, on the model's
@@ -32,12 +33,13 @@ def gather_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
     Args:
         model: a model with `shard_tensor_parallel` or `shard_experts`, or without.
+        only: the names of the tensors that are wanted; all by default.
 
     Yields:
         name, and tensor or None.
 
     Raises:
-        ValueError: parameters are not held as the wrappers left them, as after FSDP's `fully_shard`.
+        ValueError: something else, but FSDP over a data parallel axis, has moved a sharded model's parameters since.
 
     Example:
         >>> shapes = {name: tensor.shape for name, tensor in gather_state_dict(model) if tensor is not None}
@@ -46,19 +48,24 @@ def gather_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """
     mesh, splits = mesh_of(model), splits_of(model)
     for name, tensor in cast(dict[str, Tensor], model.state_dict(keep_vars=True)).items():
+        if only is not None and name not in only:
+            continue
+        if mesh is None and isinstance(tensor, DTensor):  # as FSDP holds it
+            whole = cast(DTensor, tensor.detach()).full_tensor()
+            yield name, whole if ModelMesh(tensor.device_mesh).is_first else None
+            continue
         if mesh is None:
             yield name, tensor.detach()
             continue
         if not isinstance(tensor, DTensor):  # a buffer
             yield name, tensor.detach() if mesh.is_first else None
             continue
-        if not mesh.holds(tensor):
-            raise ValueError(
-                f"{name} is spread over {tensor.device_mesh}, not over the ranks that the wrappers put it on: "
-                "something else, such as FSDP, has sharded it since. Save with that, or before it."
-            )
+        try:
+            local = mesh.local(tensor) if mesh.holds(tensor) else mesh.gather_outer(tensor, splits.get(name, []))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}. Save with what has put it there, or before it.") from error
         # Replicas of the model have nothing to add.
-        yield name, mesh.gather(mesh.local(tensor), splits.get(name, [])) if mesh.in_first_replica else None
+        yield name, mesh.gather(local, splits.get(name, [])) if mesh.in_first_replica else None
 
 
 def splits_of(model: nn.Module) -> dict[str, list[Split]]:
@@ -93,33 +100,55 @@ def save_pretrained(
         OSError: on every rank, if rank 0 could not write; on rank 0 itself what went wrong there.
     """
     harmless = {"state_dict": None, "push_to_hub": False, "variant": None, "distributed_checkpoint": False}
-    ignored = {"token", "save_peft_format", "save_original_format", "safe_serialization"}
+    ignored = {"save_function", "token", "save_peft_format", "save_original_format", "safe_serialization"}
     for option, value in options.items():
         if option not in ignored and (option not in harmless or value is not harmless[option]):
             raise ValueError(
                 f"save_pretrained({option}={value!r}) is not served on a sharded model. Save without it: what is "
                 "written is an ordinary checkpoint, which transformers loads and saves as you like."
             )
-    mesh = mesh_of(model)
-    described = _described(model)
-    # The splitting of transformers. It takes tensors without values.
-    split = split_torch_state_dict_into_shards(
-        described, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
+    described, tensors, config = _described(model), gather_state_dict(model), config_to_save(model)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+
+    def write(folder: Path) -> None:
+        write_checkpoint(model, folder, config, described, tensors, max_shard_size=max_shard_size)
+
+    write_on_first(model, tensors, save_directory, write)
+
+
+def ranks_of(model: nn.Module) -> ModelMesh | None:
+    """The ranks that hold a model together, as wrappers or FSDP spread it; None if this process holds all of it."""
+    under_fsdp = (ModelMesh(one.device_mesh) for one in model.parameters() if isinstance(one, DTensor))
+    mesh: ModelMesh | None = mesh_of(model)
+    return mesh or next(under_fsdp, None)
+
+
+def write_on_first(
+    model: nn.Module,
+    tensors: Iterator[tuple[str, Tensor | None]],
+    path: str | os.PathLike[str],
+    write: Callable[[Path], object],
+) -> None:
+    """Let the first of the ranks that hold a model `write` what all gather as `tensors`; if it fails, all of them do.
+
+    Raises:
+        OSError: on every other rank, if the first could not write; on the first itself what went wrong there.
+    """
+    mesh = ranks_of(model)
     problem, failed = None, None
-    tensors = gather_state_dict(model)
-    if mesh.is_first:
+    if mesh is None or mesh.is_first:
         try:
-            _write(model, Path(save_directory), described, split, tensors)
+            write(Path(path))
         except Exception as error:  # whatever it is: the others are not to wait, and it is raised below
             problem, failed = f"{type(error).__name__}: {error}", error
     for _ in tensors:  # the others', and what is left after a failure
         pass
-    problem = mesh.broadcast_from_first(problem)
+    if mesh is not None:
+        problem = mesh.broadcast_from_first(problem)
     if failed:
         raise failed
     if problem:
-        raise OSError(f"rank 0 could not write the checkpoint to {os.fspath(save_directory)!r} ({problem}).")
+        raise OSError(f"rank 0 could not write the checkpoint to {os.fspath(path)!r} ({problem}).")
 
 
 def _described(model: Any) -> dict[str, Tensor]:
@@ -133,16 +162,30 @@ def _described(model: Any) -> dict[str, Tensor]:
     }
 
 
-def _write(
+def write_checkpoint(
     model: Any,
     folder: Path,
+    config: Any,
     described: Mapping[str, Tensor],
-    split: StateDictSplit,
     tensors: Iterator[tuple[str, Tensor | None]],
+    *,
+    max_shard_size: int | str = "50GB",
 ) -> None:
+    """Write an ordinary checkpoint, one tensor after the other; files are put in place when all are written.
+
+    Args:
+        model: what it is of.
+        folder: where it goes; it is made where it does not exist.
+        config: what its config.json says; changed here.
+        described: the tensors that are written, on the meta device.
+        tensors: those, and perhaps others, with their values.
+        max_shard_size: of one file, in bytes or as "5GB".
+    """
+    # The splitting of transformers. It takes tensors without values.
+    split = split_torch_state_dict_into_shards(
+        dict(described), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_to_save(model)
-    config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
     if model.can_generate():

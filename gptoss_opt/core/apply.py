@@ -36,8 +36,11 @@ def apply(model: nn.Module, wrappers: Sequence[Spec], source: Source | None = No
     _switch(model, resolve(wanted, model, choose, model_problems(wanted, model)), choose, source)
 
 
-def take_off(model: nn.Module, names: Sequence[str]) -> None:
-    """Take the wrappers of these names off `model`. The others keep their backends, wherever the model was moved."""
+def take_off(model: nn.Module, names: Sequence[str], *, discard: bool) -> None:
+    """Take the wrappers of these names off `model`. The others keep their backends, wherever the model was moved.
+
+    What has something to lose stays, unless that is to be discarded.
+    """
     record = record_of(model)
     chosen = {applied.wrapper: applied.choice for applied in record.applied if not applied.holder}
     choose: Choose = lambda wrapper: chosen[wrapper] if wrapper in chosen else wrapper.choice(model)  # noqa: E731
@@ -46,9 +49,16 @@ def take_off(model: nn.Module, names: Sequence[str]) -> None:
         raise IrreversibleError(
             f"{', '.join(map(repr, stuck))} cannot be taken off: it dropped data. Reload the model and wrap it anew."
         )
-    if names:
-        kept = tuple(applied.wrapper for applied in record.applied if applied.wrapper.name not in names)
-        _switch(model, resolve(kept, model, choose), choose)
+    if not names:
+        return
+    kept = tuple(applied.wrapper for applied in record.applied if applied.wrapper.name not in names)
+    target = resolve(kept, model, choose)
+    # Asked when all ranks know that they take off the same.
+    leaving = [one for one in record.applied if one.wrapper.name in names and not one.holder]
+    lost = {one.wrapper: reason for one in leaving if (reason := one.wrapper.why_kept(model, one.state))}
+    for wrapper, reason in () if discard else lost.items():
+        raise IrreversibleError(f"{wrapper!r}: {reason}; undo(model, {wrapper.name}, discard=True) drops it.")
+    _switch(model, target, choose)
 
 
 def _num_in_place(model: nn.Module, record: Record, target: Sequence[Spec], choose: Choose) -> int:

@@ -25,4 +25,4 @@ class BackendError(ValueError):
 
 
 class IrreversibleError(ValueError):
-    """A wrapper that dropped data (a sharding) was asked to give it back: reload the model instead."""
+    """A wrapper was to be taken off that dropped data (a sharding), or holds what was not saved (trained adapters)."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial, reduce
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -113,6 +115,10 @@ class ClassForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
+
 
 @dataclass(frozen=True, eq=False)
 class Around:
@@ -125,6 +131,11 @@ class Around:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.data, self.module, self.inner, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # The Trainer and `generate` ask a model's forward which arguments it takes.
+        return inspect.signature(self.inner)
 
 
 def _own(owner: Any, name: str) -> Any:

@@ -17,14 +17,16 @@ from .journal import Journal
 class Phase(IntEnum):
     """The canonical order of wrappers. The order in which the user calls them never matters.
 
-    What several ranks do together lies around what each computes, so it goes on after what computes and adapts.
+    What several ranks do together lies around what each computes, so it goes on after what computes and adapts. What
+    becomes of the output of modules as they are then, adapters included, stands in between.
     """
 
     LAYOUT = 0
     COMPUTE = 1
     ADAPT = 2
-    PARALLEL = 3
-    OBSERVE = 4
+    LOSS = 3
+    PARALLEL = 4
+    OBSERVE = 5
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,13 @@ class Spec:
     def attach(self, model: nn.Module, journal: Attachment) -> Report:
         """Change `model` through `journal`, and say what was changed."""
         raise TypeError(f"{type(self).__name__} does not define attach(model, journal)")
+
+    def why_kept(self, model: nn.Module, state: Any) -> str | None:
+        """What `undo` would lose by taking this off now, and what keeps it, as a sentence without its end, or None.
+
+        It is asked on all ranks, with the `state` that `attach` left.
+        """
+        return None
 
     def options(self) -> dict[str, Any]:
         """The options by name."""

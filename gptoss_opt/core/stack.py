@@ -207,16 +207,17 @@ def compose(*wrappers: Wrapper | Stack) -> Stack:
     return Stack(cast(tuple[Wrapper, ...], validated(flat)))
 
 
-def undo(model: Model, *wrappers: Wrapper | Stack | str | Callable[..., Any]) -> Model:
+def undo(model: Model, *wrappers: Wrapper | Stack | str | Callable[..., Any], discard: bool = False) -> Model:
     """Take wrappers off `model` and return it: the named ones, or all.
 
     Args:
         model: the wrapped model, or a module around it.
         *wrappers: which to take off, as the public function, its name, the wrapper, or a stack; none means all.
+        discard: take them off even if they hold what was not saved, such as trained adapters.
 
     Raises:
         ValueError: a named wrapper is not on the model.
-        IrreversibleError: one of them dropped data that it cannot give back.
+        IrreversibleError: one of them dropped data that it cannot give back, or holds what was not saved.
 
     What you changed yourself in the meantime stays as you set it.
 
@@ -229,7 +230,7 @@ def undo(model: Model, *wrappers: Wrapper | Stack | str | Callable[..., Any]) ->
     present = [wrapper.name for wrapper in stack_of(model)]
     if missing := [name for name in names if name not in present]:
         raise ValueError(f"{', '.join(missing)} is not on this model. It has {', '.join(present) or 'no wrappers'}.")
-    take_off(wrapped_model(model), names if wrappers else present)
+    take_off(wrapped_model(model), names if wrappers else present, discard=discard)
     return model
 
 

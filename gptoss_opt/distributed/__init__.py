@@ -13,4 +13,5 @@ from .collectives import (
 from .local import Rule, attributes, refuse_foreign, with_local_parameters
 from .mesh import axis_of, bound_axis, check_axis, init_distributed, ranks_of, why_no_axis
 from .model_mesh import ModelMesh, Region
+from .parts import local_part, sum_of_parts
 from .split import balance_experts, split

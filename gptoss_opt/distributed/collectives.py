@@ -66,6 +66,18 @@ def _sent(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Proces
     return y
 
 
+def summed(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Every rank's `x`, summed, without gradient; all ranks get the sum."""
+    return _summed(x.detach(), [group])
+
+
+def largest(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The largest of every rank's `x`, element by element, without gradient; all ranks get it."""
+    y = x.detach().clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(y, distributed.ReduceOp.MAX, group=group)
+    return y
+
+
 def all_reduce_output(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum every rank's `x`; all ranks get the sum, and its gradient goes to each rank's `x` as it is."""
     return _through(x, partial(_summed, groups=[group]), _same)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -84,6 +85,31 @@ class ModelMesh:
         """What this rank holds of a parameter, without gradient."""
         return cast(DTensor, parameter.detach()).to_local()
 
+    def outer_splits(self, parameter: DTensor, splits: Sequence[Split]) -> list[Split]:
+        """How FSDP, over other axes, has cut what each of these ranks holds of a parameter by its `splits`.
+
+        Raises `ValueError` if it is held in another way.
+        """
+        held, shape = parameter.device_mesh, list(parameter.shape)
+        names = names_of(held) if held.mesh_dim_names else ()
+        if not all(axis in names for axis in names_of(self.mesh)):
+            raise ValueError(f"it is spread over {held}, not over the ranks that the wrappers put it on")
+        for split in splits:
+            shape[split.dim] = len(split.parts[self.coordinate[split.axis]])
+        found = []
+        for axis, count, placement in zip(names, held.shape, parameter.placements, strict=True):
+            if axis not in self and not placement.is_replicate():
+                dim = cast(Shard, placement).dim
+                size = -(-shape[dim] // count)  # as torch.chunk does
+                bounds = [min(number * size, shape[dim]) for number in range(count + 1)]
+                found.append(Split(dim, axis, tuple(itertools.starmap(range, itertools.pairwise(bounds)))))
+        return found
+
+    def gather_outer(self, parameter: Tensor, splits: Sequence[Split]) -> Tensor:
+        """What these ranks hold of a parameter that FSDP has cut over other axes; all ranks along those must ask."""
+        dtensor = cast(DTensor, parameter.detach())
+        return gather_whole(dtensor.to_local(), self.outer_splits(dtensor, splits), dtensor.device_mesh)
+
     def whole(self, local: Tensor, splits: Sequence[Split]) -> Tensor:
         """Gather the whole tensor from the ranks; all of them must ask for it."""
         return gather_whole(local, splits, self.mesh)
@@ -129,8 +155,8 @@ class ModelMesh:
     def broadcast_from_first(self, value: Any) -> Any:
         """The value that the first rank of all gives; all of them must ask for it."""
         root = root_of(self.mesh)
-        for axis in names_of(root):
-            value = collectives.broadcast_object(value, root.get_group(axis))
+        for dim in range(root.ndim):  # FSDP's own mesh has no names
+            value = collectives.broadcast_object(value, root.get_group(dim))
         return value
 
     @property
@@ -185,3 +211,11 @@ class Region:
     def reduce_from_region(self, x: Tensor) -> Tensor:
         """The sum of the parts."""
         return collectives.all_reduce_output(x, self.group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of what each rank has found, without gradient."""
+        return collectives.summed(x, self.group)
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of what each rank has found, element by element, without gradient."""
+        return collectives.largest(x, self.group)

@@ -160,3 +160,18 @@ def put_together(parts: Sequence[Tensor], split: Split) -> Tensor:
     if order == list(range(len(order))):
         return whole
     return whole.index_select(split.dim, torch.tensor(order, device=whole.device).argsort())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, without gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_of_parts(value: Tensor, of: Tensor) -> Tensor:
+    """The sum over all ranks that hold a part of a tensor of what each has computed from its own."""
+    if isinstance(of, DTensor):
+        for dim, placement in enumerate(of.placements):
+            if not placement.is_replicate():  # a shard, or FSDP's own kind of one
+                value = collectives.summed(value, of.device_mesh.get_group(dim))
+    return value

@@ -29,11 +29,18 @@ def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
 
 
 def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
-    """Raise `LayoutError` unless the parameters that are to be held otherwise than now are there to be read."""
+    """Raise `LayoutError` unless what is to be held otherwise than now can be read, and what is new be added."""
     # FSDP2 holds parameters that between a forward and a backward look like any.
     under_fsdp = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+    for parameter in (name for name, how in held.items() if how.form.new and name not in layout and under_fsdp):
+        raise LayoutError(f"{parameter} would be dropped, and is held by FSDP, since fully_shard. Undo before that.")
     for parameter in layout:
         form, how = layout.form(parameter), held.get(parameter, Held(Form()))
+        if form.new and parameter not in held and under_fsdp:
+            raise LayoutError(
+                f"{form.by} adds {parameter}, and FSDP, which holds the model since fully_shard, would not know of it. "
+                "Wrap before that."
+            )
         stays = (form.storage, form.splits, not layout.axes) == (how.form.storage, how.form.splits, how.mesh is None)
         if form.new or stays:
             continue

@@ -63,6 +63,12 @@ class Mxfp4(Storage):
         blocks = (range(part.start // BLOCK, part.stop // BLOCK) for part in split.parts if isinstance(part, range))
         return replace(split, dim=2, parts=tuple(blocks))
 
+    def described(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of a parameter of this shape, by suffix, on the meta device."""
+        num_experts, num_in, num_out = shape
+        scales = torch.empty(num_experts, num_out, num_in // BLOCK, dtype=torch.uint8, device="meta")
+        return {"_blocks": scales.new_empty(*scales.shape, BLOCK // 2), "_scales": scales}
+
     def num_bytes(self, num_values: int, itemsize: int) -> int:
         """Count half a byte for each value, and one for the scale of each block."""
         return num_values * (BLOCK // 2 + 1) // BLOCK

@@ -92,6 +92,10 @@ class Storage:
         """Say where a split of the dense parameter falls in the stored tensors; `ValueError` if it tears a value."""
         return split
 
+    def described(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of a parameter of this shape, by suffix, on the meta device."""
+        return {"": torch.empty(tuple(shape), dtype=dtype, device="meta")}
+
     def num_bytes(self, num_values: int, itemsize: int) -> int:
         """Count the bytes of `num_values` values that take `itemsize` bytes each when dense."""
         return num_values * itemsize

@@ -24,6 +24,7 @@ from ..kernels.experts import (
 )
 from ..kernels.mxfp4 import BLOCK
 from ..layout import MXFP4
+from .changes import change_of
 from .host import config_paths
 from .modules import NO_LAYERS, WRAPPED, execution_device, expert_modules
 
@@ -101,6 +102,11 @@ def fill_experts(model: nn.Module, journal: Attachment) -> tuple[str, ...]:
     return set_experts(model, journal.choice.backend, journal)
 
 
+def fill_experts_if_served(model: nn.Module, journal: Attachment) -> tuple[str, ...]:
+    """As `fill_experts`, where the model has experts that a backend serves; any others stay as they are."""
+    return fill_experts(model, journal) if journal.choice else ()
+
+
 def keep_packed(model: nn.Module, journal: Journal) -> None:
     """Let the model count its values, not their bytes, and refuse computations of the experts on dense weights."""
     for path, module in model.named_modules():
@@ -129,6 +135,16 @@ def cannot_set_experts(model: object, experts_implementation: object) -> None:
     )
 
 
+def check_implementation(module: Any, what: str, wrapper: str) -> None:
+    """Raise `ValueError` unless the experts are computed here: other computations know nothing of `what`."""
+    name = module.config._experts_implementation
+    if not str(name).startswith(KEY.format("")):
+        raise ValueError(
+            f"the experts implementation {name!r} knows nothing of {what}. Leave the one that {wrapper} has set, or "
+            f"apply it again: {wrapper}(model)."
+        )
+
+
 def _weights(module: Any, projection: str) -> DenseWeights | PackedWeights:
     # Attributes, not parameters: of a sharded model they are what this rank holds.
     bias = getattr(module, f"{projection}_bias")
@@ -152,13 +168,14 @@ def experts_forward(
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, backend: str) -> Tensor:
     gate_up, down = _weights(module, "gate_up_proj"), _weights(module, "down_proj")
+    changes = change_of(module, "gate_up_proj_"), change_of(module, "down_proj_")
     # On a GPU this would wait for it. Below 0 are experts of other ranks.
     if top_k_index.is_cpu and top_k_index.numel() and not is_traced(top_k_index):
         last, num_experts = int(top_k_index.max()), gate_up.shape[0]
         if last >= num_experts:
             raise IndexError(f"router_indices has expert {last}, and there are {num_experts}: 0 to {num_experts - 1}.")
-    shape = {"alpha": module.alpha, "limit": module.limit}
-    return experts(hidden_states, top_k_index, top_k_weights, gate_up, down, **shape, backend=backend)
+    options = {"alpha": module.alpha, "limit": module.limit, "backend": backend, "changes": changes}
+    return experts(hidden_states, top_k_index, top_k_weights, gate_up, down, **options)
 
 
 for _name in dict.fromkeys(backend.name for backend in (*PACKED_BACKENDS, *DENSE_BACKENDS)):

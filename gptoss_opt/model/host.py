@@ -56,7 +56,8 @@ class GptOss(Host):
         for path, module in model.named_modules():
             if not isinstance(module, PreTrainedModel):
                 continue
-            if mesh_of(model) is None:  # several ranks write one checkpoint together: see `checkpoint.save`
+            # Several ranks write one checkpoint together, and a wrapper may have set its own way: see `checkpoint`.
+            if mesh_of(model) is None and "save_pretrained" not in module.__dict__:
                 journal.method(model, path, "save_pretrained", save_pretrained)
             inside = {name.removeprefix(f"{path}.") for name in parameters if not path or name.startswith(path)}
             if inside:

@@ -46,6 +46,12 @@ def vocabulary_modules(model: nn.Module) -> list[tuple[str, Any, str]]:
     ]
 
 
+def path_of_head(model: nn.Module) -> str:
+    """The path of the head over the vocabulary."""
+    head = cast(Any, model).get_output_embeddings()
+    return str(next(path for path, module in model.named_modules() if module is head))
+
+
 def decoder_path(model: nn.Module) -> str:
     """The path of the decoder, which holds the layers; "" if that is the model itself."""
     decoder = cast(Any, model).base_model

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..core import held_by
-from ..core.journal import Journal
+from ..core.journal import Journal, SetAttribute, resolve_path
+from ..core.record import record_of
 from ..layout import DENSE, MXFP4, STORAGES, Held
+
+SAVING = "saving"
+"""A slot of a model: see `Wrapper`."""
 
 QUANTIZATION_CONFIG = {
     "quant_method": "mxfp4",
@@ -44,12 +49,22 @@ def save_pretrained(
         journal.undo(model)
 
 
-def config_to_save(model: Any) -> Any:
-    """A copy of the config of a model, or of a part of one, that says how its experts are stored."""
+def config_to_save(model: Any, *, packed: bool | None = None) -> Any:
+    """A copy of the config of a model, or of a part of one, that says how its experts are stored, or will be.
+
+    What wrappers have set there for training or computing is not in it, unless the user has changed it since.
+    """
     config = copy.deepcopy(model.config)
+    for applied in reversed(record_of(model).applied):
+        for edit in reversed(applied.edits):
+            on_config = isinstance(edit, SetAttribute) and edit.path.rpartition(".")[2] == "config"
+            if on_config and resolve_path(model, edit.path) is model.config and edit.intact(model):
+                replace(edit, path="").undo(config)
     quantised = getattr(config, "quantization_config", None)
     quantised = quantised if isinstance(quantised, dict) or quantised is None else quantised.to_dict()
-    if any(name.endswith(MXFP4.suffixes) for name, _ in model.named_parameters()):
+    if packed is None:
+        packed = any(name.endswith(MXFP4.suffixes) for name, _ in model.named_parameters())
+    if packed:
         config.quantization_config = copy.deepcopy(QUANTIZATION_CONFIG)
     elif quantised and quantised.get("quant_method") == QUANTIZATION_CONFIG["quant_method"]:
         del config.quantization_config

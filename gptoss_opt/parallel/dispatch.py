@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import Region, all_to_all, exchange_counts, refuse_foreign
-from ..model.experts import KEY
+from ..model.experts import check_implementation
 
 ExpertPlacement = tuple[tuple[int, ...], ...]
 """The experts of one layer that each rank holds, ascending."""
@@ -49,16 +48,6 @@ class PartOfExperts:
         return self.ranks.to(indices.device)[indices], self.numbers.to(indices.device)[indices]
 
 
-def check_implementation(module: Any) -> None:
-    """Raise `ValueError` unless the experts are computed here: others do not skip routes to other ranks."""
-    name = module.config._experts_implementation
-    if not str(name).startswith(KEY.format("")):
-        raise ValueError(
-            f"the experts implementation {name!r} knows nothing of experts on other ranks. Leave the one that "
-            "shard_experts has set, or apply it again: shard_experts(model)."
-        )
-
-
 def part_of_experts(
     data: PartOfExperts,
     module: nn.Module,
@@ -71,7 +60,7 @@ def part_of_experts(
     refuse_foreign(module)
     region = data.region
     if data.ranks is not None:
-        check_implementation(module)
+        check_implementation(module, "experts on other ranks", "shard_experts")
         ranks, numbers = data.places(router_indices)
         router_indices = torch.where(ranks == region.rank, numbers, -1)
     hidden_states, routing_weights = map(region.copy_to_region, (hidden_states, routing_weights))
@@ -92,7 +81,7 @@ def dispatched(
     already summed: per token at most K rows each way, and at most one for each rank.
     """
     refuse_foreign(module)
-    check_implementation(module)
+    check_implementation(module, "experts on other ranks", "shard_experts")
     group, top_k = data.region.group, router_indices.shape[-1]
     num_ranks = group.size()
     targets, numbers = data.places(router_indices)

@@ -26,6 +26,7 @@ from ..distributed import (
 )
 from ..layout import Axis, Layout, Mesh, require
 from ..model.host import GPT_OSS, config_of
+from ..model.saving import SAVING
 from .trainer import tell_trainer
 
 
@@ -96,7 +97,7 @@ def why_foreign(layout: Layout, regions: Iterable[str], axis: str) -> Iterator[s
 DEFAULTS: dict[str, Filler] = {
     "the parameters that modules compute with": compute_locally,
     "generating": share_random_numbers,
-    "saving": lambda model, journal: journal.method(model, "", "save_pretrained", save_pretrained),
+    SAVING: lambda model, journal: journal.method(model, "", "save_pretrained", save_pretrained),
     "resizing": lambda model, journal: journal.set(model, "", "resize_token_embeddings", cannot_resize),
     "the Trainer": tell_trainer,
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core import Journal
 from ..distributed import ModelMesh, Region, all_gather_last, attributes
 from ..layout import Axis, Layout
+from ..model.loss import VOCABULARY, LossAndLogits
 from ..model.modules import vocabulary_modules
 from .tensor import spread
 
@@ -33,6 +34,14 @@ class Vocabulary:
         """The size of the whole vocabulary."""
         return self.parts[-1].stop
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of what each rank has found in its part."""
+        return self.region.sum(x)
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of what each rank has found in its part, element by element."""
+        return self.region.max(x)
+
 
 def vocabulary_layout(model: nn.Module, layout: Layout, axis: Axis) -> Layout:
     """`layout` with embedding and head spread over an axis."""
@@ -52,10 +61,12 @@ def attach_vocabulary(model: nn.Module, layout: Layout, mesh: ModelMesh, axis: s
             continue
         parts = tuple(part for part in split.parts if isinstance(part, range))
         function = embedding_of_part if isinstance(module, nn.Embedding) else logits_of_parts
-        journal.around(model, path, function, Vocabulary(Region(mesh, axis), parts))
+        vocabulary = Vocabulary(Region(mesh, axis), parts)
+        journal.around(model, path, function, vocabulary)
         if function is embedding_of_part:
             yield f"1 all-reduce of [tokens, {hidden}], after the embedding"
         else:
+            journal.set(model, path, VOCABULARY, vocabulary)
             yield f"1 all-gather of [tokens, {split.size}], the logits"
 
 
@@ -72,7 +83,10 @@ def embedding_of_part(data: Vocabulary, module: Any, inner: Callable[..., Tensor
     return data.region.reduce_from_region(rows.masked_fill(~here[..., None], 0))
 
 
-def logits_of_parts(data: Vocabulary, module: nn.Module, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
-    """The logits of which each rank computes some."""
-    logits = inner(data.region.copy_to_region(input))
-    return all_gather_last(logits, [len(part) for part in data.parts], data.region.group)
+def logits_of_parts(data: Vocabulary, module: nn.Module, inner: Callable[..., Any], input: Tensor) -> Any:
+    """The logits of which each rank computes some. A head that is asked for a loss gives that, and logits or None."""
+    found = inner(data.region.copy_to_region(input))
+    logits = found.logits if isinstance(found, LossAndLogits) else found
+    if logits is not None:
+        logits = all_gather_last(logits, [len(part) for part in data.parts], data.region.group)
+    return found._replace(logits=logits) if isinstance(found, LossAndLogits) else logits

@@ -54,9 +54,10 @@ def same(found: tuple[History, Path], expected: tuple[History, Path]) -> None:
 
 @pytest.mark.skipif(not KNOWS_SHARDS, reason="the Trainer needs accelerate 1.12 for models that are sharded")
 def test_two_ranks_learn_as_one_process(alone: tuple[History, Path], tmp_path: Path) -> None:
-    for found in curves(2, tmp_path / "shared", 4, "tp", "ep", "tp + ep").values():
+    for found in curves(2, tmp_path / "shared", 4, "tp", "ep", "tp + ep", "full, tp + ep").values():
         same(found, alone)
-    same(curves(2, tmp_path / "own", 2, "all to all")["all to all"], alone)
+    for found in curves(2, tmp_path / "own", 2, "all to all", "full").values():
+        same(found, alone)
 
 
 @pytest.mark.skipif(not KNOWS_SHARDS, reason="the Trainer needs accelerate 1.12 for models that are sharded")

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 from transformers import Trainer, TrainingArguments
 
-from gptoss_opt import init_distributed, shard_experts, shard_tensor_parallel
+from gptoss_opt import init_distributed, shard_experts, shard_tensor_parallel, with_full_finetuning
 from gptoss_opt.distributed import local as model_mesh
 from tests.distributed.models import UNEVEN
 from tests.helpers import ids, tiny_model
@@ -20,7 +20,9 @@ WITHOUT = " without the mean"
 
 
 def wrap(model: Any, how: str) -> Any:
-    if how == "one":
+    if how.startswith("full"):
+        model, how = with_full_finetuning(model), how.removeprefix("full").removeprefix(", ")
+    if how in ("one", ""):
         return model
     if how == "tp x dp":
         mesh = init_distributed((2, 2), ("dp", "tp"), device="cpu")

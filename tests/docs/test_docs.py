@@ -88,7 +88,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_docstring_examples(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for test in doctest.DocTestFinder().find(importlib.import_module(module)):
-        test.globs.update(namespace())
+        test.globs.update(namespace() | {"folder": tmp_path / "folder"})
         result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
         assert not result.failed, f"{test.name}: see the output"
 

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM
 
 import gptoss_opt
-from gptoss_opt import CompatibilityError, IrreversibleError, Stack, compose, explain, stack_of, undo
+from gptoss_opt import CompatibilityError, IrreversibleError, Stack, compose, explain, load_adapter, stack_of, undo
 from gptoss_opt.core import WRAPPERS
-from gptoss_opt.layout import STORAGES, Layout
+from gptoss_opt.layout import STORAGES
+from gptoss_opt.model.saving import SAVING
 from tests.helpers import (
     WINDOW,
     group_of_one,
@@ -29,6 +30,7 @@ from tests.helpers import (
 
 # What shards a model does so among the ranks of a process group, here of this process alone.
 ALL = sorted(name for name in WRAPPERS if hasattr(gptoss_opt, name))
+OF_THE_LANGUAGE_HEAD = {"with_chunked_loss"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -106,14 +108,16 @@ def test_there_are_wrappers() -> None:
 
 def test_the_object_class_and_keys_stay(wrap, model) -> None:
     keys, kind = list(model.state_dict()), type(model)
-    # What a wrapper lays out anew keeps its place, under the names of its storage.
-    laid_out = wrap().layout(model, Layout()).storages
-    suffixes = {name: STORAGES[storage].suffixes for name, storage in laid_out.items()}
+    # What a wrapper lays out anew keeps its place, under the names of its storage; what it brings comes after it.
+    layout = compose(wrap()).layout(model)
+    suffixes = {name: STORAGES[storage].suffixes for name, storage in layout.storages.items()}
     before = fingerprint(model)
     wrapped = wrap(model)
     assert wrapped is model
     assert type(model) is kind
-    assert list(model.state_dict()) == [f"{key}{suffix}" for key in keys for suffix in suffixes.get(key, ("",))]
+    own = [f"{key}{suffix}" for key in keys for suffix in suffixes.get(key, ("",))]
+    assert [key for key in model.state_dict() if key not in layout.new] == own
+    assert model.state_dict().keys() == {*own, *layout.new}
     assert fingerprint(model) != before, "the wrapper changed nothing"
 
 
@@ -210,6 +214,10 @@ def test_copies_work_and_undo_alone(wrap, model, clone) -> None:
 def test_saves_a_plain_checkpoint(wrap, model, tmp_path) -> None:
     expected = tiny_model()(ids()).logits
     wrap(model).save_pretrained(tmp_path)
+    if SAVING in WRAPPERS[wrap.__name__].claims:
+        assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert relative(load_adapter(tiny_model(), tmp_path)(ids()).logits, expected) < 1e-5
+        return
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).float().eval()
     assert plain.config._attn_implementation == "eager"
     assert relative(plain(ids()).logits, expected) < 1e-5
@@ -223,8 +231,13 @@ def test_same_logits_loss_and_gradients(wrap, model) -> None:
     assert relative(model(ids()).logits, logits) < 1e-5
     wrapped_loss, actual = loss_and_gradients(model, ids())
     torch.testing.assert_close(wrapped_loss, loss, rtol=1e-5, atol=0)
-    frozen = {name for name in expected if name not in dict(model.named_parameters())}
-    assert all(wrap().layout(tiny_model(), Layout()).storages.get(name) for name in frozen)
+    layout, there = compose(wrap()).layout(tiny_model()), dict(model.named_parameters())
+    frozen = {name for name in expected if name not in there}
+    assert all(layout.storages.get(name) for name in frozen)
+    if layout.new:  # all else is frozen, and only the factors that are not multiplied with zeros have gradients
+        frozen = expected.keys()
+        assert {name for name, p in there.items() if p.requires_grad} == actual.keys() == set(layout.new)
+        assert all(actual[name].any() != name.endswith("lora_A") for name in layout.new)
     for name in expected.keys() - frozen:
         assert relative(actual[name], expected[name]) < 1e-4, name
 
@@ -313,5 +326,10 @@ def test_any_head(wrap) -> None:
     for kind in (GptOssModel, GptOssForSequenceClassification):
         model = tiny_model(kind=kind)
         expected = model(ids())[0]
+        if wrap.__name__ in OF_THE_LANGUAGE_HEAD:
+            with pytest.raises(CompatibilityError, match=f"{kind.__name__} has no language head"):
+                wrap(model)
+            assert not stack_of(model)
+            continue
         assert relative(wrap(model)(ids())[0], expected) < 1e-5
         take_off(wrap, model)

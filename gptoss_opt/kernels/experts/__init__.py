@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from ..low_rank import LowRank
 from .activation import swiglu
 from .backends import DENSE_BACKENDS, PACKED_BACKENDS, kernel_of
 from .check import check
 from .impl.reference import all_experts
 from .linear import linear
+from .low_rank import changed_linear
 from .routes import Routes
 from .tracing import is_traced, needs_operator
 from .weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
@@ -26,6 +28,7 @@ def experts(
     alpha: float,
     limit: float,
     backend: str,
+    changes: tuple[LowRank | None, LowRank | None] = (None, None),
 ) -> Tensor:
     """The weighted sum of each token's experts. Deterministic; differentiable in all but packed weights.
 
@@ -40,6 +43,7 @@ def experts(
         alpha: the steepness of the SwiGLU's sigmoid.
         limit: where the SwiGLU clamps.
         backend: the name of one of `PACKED_BACKENDS` or `DENSE_BACKENDS`, whichever the weights are.
+        changes: low-rank changes of both projections, if there are any; differentiable in their factors.
 
     Returns:
         `[T, H]`, in the dtype of `x`.
@@ -54,15 +58,22 @@ def experts(
         >>> experts(x, indices, routing_weights, gate_up, down, alpha=1.702, limit=7.0, backend="torch").shape
         torch.Size([7, 64])
     """
-    check(x, indices, routing_weights, gate_up, down)
+    check(x, indices, routing_weights, gate_up, down, changes)
     if under := transforms.active():
         transforms.refuse(f"backend {backend!r} of the experts", set() if backend == "reference" else under)
-        return all_experts(x, indices, routing_weights, gate_up, down, alpha, limit)
-    fused = kernel_of(gate_up, backend).fused
+        return all_experts(x, indices, routing_weights, gate_up, down, alpha, limit, changes)
+    fused = kernel_of(gate_up, backend).fused if changes == (None, None) else None
     if fused and not needs_operator(x, routing_weights, *vars(gate_up).values(), *vars(down).values()):
         return fused(x, indices, routing_weights, gate_up, down, alpha, limit)
     # The dtype is that of the tokens, whatever autocast would make of plain products.
     with torch.autocast(x.device.type, enabled=False):
         routes = Routes.of(indices, gate_up.shape[0])
-        hidden = swiglu(linear(routes.gather(x), routes.offsets, gate_up, backend), alpha, limit, backend)
-        return routes.combine(linear(hidden, routes.offsets, down, backend), routing_weights)
+        hidden = swiglu(_changed(routes.gather(x), routes, gate_up, changes[0], backend), alpha, limit, backend)
+        return routes.combine(_changed(hidden, routes, down, changes[1], backend), routing_weights)
+
+
+def _changed(rows: Tensor, routes: Routes, weights: ExpertWeights, change: LowRank | None, backend: str) -> Tensor:
+    """The product of rows with weights, and with their low-rank change if there is one."""
+    if change is None:
+        return linear(rows, routes.offsets, weights, backend)
+    return changed_linear(rows, routes.offsets, weights, change, backend)

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from .impl.native import NATIVE, NATIVE_DENSE
 from .impl.reference import REFERENCE, REFERENCE_DENSE
-from .impl.torch_grouped import TORCH_GROUPED
+from .impl.torch_grouped import ROW_BYTES, TORCH_GROUPED
 from .impl.triton import TRITON
 from .weights import ExpertWeights, PackedWeights
 
 PACKED_BACKENDS = (TRITON, NATIVE, REFERENCE)
-DENSE_BACKENDS = (NATIVE_DENSE, TORCH_GROUPED, REFERENCE_DENSE)
+TORCH_BACKENDS = (TORCH_GROUPED, REFERENCE_DENSE)
+"""Those for dense weights that are made of torch alone; the first takes rows of whole units."""
+ROW_UNIT = ROW_BYTES
+"""The bytes of a unit."""
+DENSE_BACKENDS = (NATIVE_DENSE, *TORCH_BACKENDS)
 
 Fused = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertWeights, float, float], Tensor]
 """All of `experts` in one call, without gradients."""

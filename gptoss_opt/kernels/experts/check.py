@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ..low_rank import LowRank
 from ..mxfp4 import BLOCK
 from .weights import DenseWeights, ExpertWeights
 
@@ -13,7 +14,14 @@ Expected = tuple[str, Tensor, tuple[int, ...]]
 """A tensor, what it is called, and the shape it must have."""
 
 
-def check(x: Tensor, indices: Tensor, routing_weights: Tensor, gate_up: ExpertWeights, down: ExpertWeights) -> None:
+def check(
+    x: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    changes: tuple[LowRank | None, LowRank | None],
+) -> None:
     """Raise `ValueError` unless tokens, routes and weights fit each other and lie on one device."""
     num_experts, hidden, pairs = gate_up.shape
     routes = (x.shape[0], indices.shape[-1])
@@ -23,6 +31,8 @@ def check(x: Tensor, indices: Tensor, routing_weights: Tensor, gate_up: ExpertWe
         ("routing_weights", routing_weights, routes),
         *_weights("gate_up_proj", gate_up, num_experts, hidden, pairs),
         *_weights("down_proj", down, num_experts, pairs // 2, hidden),
+        *_factors("gate_up_proj", changes[0], num_experts, hidden, pairs),
+        *_factors("down_proj", changes[1], num_experts, pairs // 2, hidden),
     )
     for name, tensor, shape in expected:
         if tensor.shape != shape:
@@ -43,3 +53,10 @@ def _weights(name: str, weights: ExpertWeights, num_experts: int, num_in: int, n
         yield f"{name}_scales", weights.scales, blocks
     if weights.bias is not None:
         yield f"{name}_bias", weights.bias, (num_experts, num_out)
+
+
+def _factors(name: str, change: LowRank | None, num_experts: int, num_in: int, num_out: int) -> Iterator[Expected]:
+    if change is not None:
+        rank = change.a.shape[1]
+        yield f"{name}_lora_A", change.a, (num_experts, rank, num_in)
+        yield f"{name}_lora_B", change.b, (num_experts, num_out, rank)

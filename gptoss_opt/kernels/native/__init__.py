@@ -45,6 +45,17 @@ class PagedArguments(ctypes.Structure):
     )
 
 
+class LowRankArguments(ctypes.Structure):
+    """The arguments of low-rank products as the library takes them, by addresses: see low_rank.h."""
+
+    _fields_ = (
+        ("offsets", _P),
+        *((name, _LONG) for name in ("num_experts", "rank", "length")),
+        *((name, _P) for name in ("factor", "hidden", "rows", "sums")),
+        ("half", _INT),
+    )
+
+
 class Library(NamedTuple):
     """The loaded library, the best of `INSTRUCTION_SETS` that this CPU has, and the fork-join of torch's threads."""
 
@@ -96,6 +107,7 @@ def _load(path: str) -> Library:
     functions.gptoss_swiglu.argtypes = [_INT, _INT, *[_P] * 3, _LONG, *[_DOUBLE] * 2, _P, _INT]
     functions.gptoss_unpack.argtypes = [_INT, *[_P] * 3, _LONG, _P, _INT]
     functions.gptoss_paged_attention.argtypes = [_INT, ctypes.POINTER(PagedArguments), _LONG, _P, _INT]
+    functions.gptoss_low_rank.argtypes = [_INT, _INT, ctypes.POINTER(LowRankArguments), _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
     return Library(functions, functions.gptoss_init(), _fork_join())
 

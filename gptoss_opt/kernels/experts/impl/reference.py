@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...low_rank import LowRank
 from ..clamp import passes_at_limits
 from ..routes import of_expert
 from ..tracing import needs_operator
@@ -84,16 +85,19 @@ def all_experts(
     down: ExpertWeights,
     alpha: float,
     limit: float,
+    changes: tuple[LowRank | None, LowRank | None],
 ) -> Tensor:
     """As `experts` of this package, by every expert on every token, which all transforms of torch.func go through."""
     out = torch.zeros_like(x)
     for e in range(gate_up.shape[0]):
         share = torch.where(indices == e, routing_weights.to(x.dtype), 0).sum(-1, keepdim=True)
-        hidden = REFERENCE.swiglu(_affine(x, gate_up, e), alpha, limit)
-        out = out + share * _affine(hidden, down, e)
+        hidden = REFERENCE.swiglu(_affine(x, gate_up, changes[0], e), alpha, limit)
+        out = out + share * _affine(hidden, down, changes[1], e)
     return out
 
 
-def _affine(x: Tensor, weights: ExpertWeights, e: int) -> Tensor:
+def _affine(x: Tensor, weights: ExpertWeights, change: LowRank | None, e: int) -> Tensor:
     y = x @ weights.expert(e, x)
-    return y if weights.bias is None else y + weights.bias[e]
+    if weights.bias is not None:
+        y = y + weights.bias[e]
+    return y if change is None else change.expert(e).added_to(y, x)

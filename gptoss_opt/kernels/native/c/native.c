@@ -7,6 +7,7 @@
 #include "common.h"
 #include "float32.h"
 #include "format.h"
+#include "low_rank.h"
 #include "paged.h"
 #include "routes.h"
 #include "threads.h"
@@ -51,6 +52,17 @@ int gptoss_init(void) {
         (void)scratch;                                                                                       \
         combine_unit(c, index);                                                                              \
     }                                                                                                        \
+    target static void rank_in_##name(const void *p, long index, void *scratch) {                            \
+        low_rank_in_unit(p, index, scratch);                                                                 \
+    }                                                                                                        \
+    target static void rank_out_##name(const void *p, long index, void *scratch) {                           \
+        (void)scratch;                                                                                       \
+        low_rank_out_unit(p, index);                                                                         \
+    }                                                                                                        \
+    target static void rank_sums_##name(const void *p, long index, void *scratch) {                          \
+        (void)scratch;                                                                                       \
+        low_rank_sums_unit(p, index);                                                                        \
+    }                                                                                                        \
     target static void paged_##name(const void *p, long index, void *scratch) { paged_unit(p, index, scratch); }
 
 FOR_TARGET(plain, )
@@ -64,22 +76,23 @@ enum { HUGE = 1 << 21 }; /* bytes of a huge page */
 typedef void (*unit_fn)(const void *, long, void *);
 
 typedef struct {
-    unit_fn dot, columns, activation, pack, combine, paged;
+    unit_fn dot, columns, activation, pack, combine, paged, rank_in, rank_out, rank_sums;
 } Implementation;
+
+#define IMPLEMENTATION(dot, columns, name)                                                                         \
+    (Implementation) {                                                                                             \
+        dot, columns, activation_##name, pack_##name, combine_##name, paged_##name, rank_in_##name, rank_out_##name, \
+            rank_sums_##name                                                                                       \
+    }
 
 static Implementation implementation(int which) {
     switch (which) {
 #if X86
-    case AVX512_BF16:
-        return (Implementation){dot_bf16, columns_bf16, activation_avx512, pack_avx512, combine_avx512,
-                                paged_avx512};
-    case AVX512:
-        return (Implementation){dot_avx512,  columns_avx512, activation_avx512,
-                                pack_avx512, combine_avx512, paged_avx512};
-    case AVX2: return (Implementation){dot_avx2, columns_avx2, activation_avx2, pack_avx2, combine_avx2, paged_avx2};
+    case AVX512_BF16: return IMPLEMENTATION(dot_bf16, columns_bf16, avx512);
+    case AVX512: return IMPLEMENTATION(dot_avx512, columns_avx512, avx512);
+    case AVX2: return IMPLEMENTATION(dot_avx2, columns_avx2, avx2);
 #endif
-    default:
-        return (Implementation){dot_plain, columns_plain, activation_plain, pack_plain, combine_plain, paged_plain};
+    default: return IMPLEMENTATION(dot_plain, columns_plain, plain);
     }
 }
 
@@ -235,6 +248,22 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
     if (!status) status = run_units(&team, implementation(which).combine, &c, num_tokens);
     free(rows);
     return status;
+}
+
+enum { RANK_IN, RANK_OUT, RANK_SUMS };
+
+/* One of the three products of low_rank.h. Returns 0, or -1 if there is no memory. */
+int gptoss_low_rank(int which, int kind, const LowRank *low_rank, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    const Implementation best = implementation(which);
+    const long length = low_rank->length, experts = low_rank->num_experts;
+    const long num_rows = experts ? low_rank->offsets[experts - 1] : 0;
+    const long blocks = (num_rows + LOW_RANK_ROWS - 1) / LOW_RANK_ROWS;
+    Job job = {.unit = kind == RANK_IN ? best.rank_in : kind == RANK_OUT ? best.rank_out : best.rank_sums,
+               .arguments = low_rank,
+               .num_units = kind == RANK_SUMS ? experts * ((length + LOW_RANK_STRIP - 1) / LOW_RANK_STRIP) : blocks,
+               .scratch_bytes = kind == RANK_IN ? 4 * (size_t)length * sizeof(float) : 0};
+    return run(&team, &job);
 }
 
 /* Attention of `num_blocks` blocks of queries on keys and values in pages. head_dim is a multiple of 16. Returns 0, or
