@@ -25,7 +25,7 @@ BENCHMARKS = {
     "layout": "how long it takes to compute the layouts of the released models",
     "watch": "how long a batcher takes to notice whether the weights have changed",
 }
-BY_DEFAULT = ("attention", "experts", "load", "parallel", "batching")
+BY_DEFAULT = ("attention", "experts", "load", "parallel", "batching", "finetune")
 
 
 def parser_for(settings: Settings, *, add_help: bool = True) -> argparse.ArgumentParser:

@@ -282,7 +282,7 @@ def adapters_on(model: nn.Module) -> Attachment:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Meanwhile, a model computes as if it had no adapters: as the base that they were trained from.
+    """Meanwhile, a model computes as if it had no adapters: as the base, but for what `train=` has changed of it.
 
     That is the reference policy of DPO and GRPO, without a second copy. On several ranks, each must enter it.
 

@@ -569,7 +569,7 @@ def test_fsdp2(ranks: Ranks, axes: tuple[str, str] | None, packed: bool, tmp_pat
 
 
 def in_ddp(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
-    model = adapted(packed=True)
+    model = adapted(packed=True, train=())
     around = DistributedDataParallel(with_flash_attention(model))
     losses = steps(around, own_tokens=True)
     with adapters_off(around):
@@ -581,7 +581,7 @@ def in_ddp(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def test_ddp(ranks: Ranks, tmp_path: Path) -> None:
-    model = adapted(packed=True)
+    model = adapted(packed=True, train=())
     losses, found = steps(model), ranks(in_ddp, tmp_path)
     for number, loss in enumerate(losses):
         assert sum(one[number] for one, _ in found) / len(found) == pytest.approx(loss, rel=1e-4)
