@@ -202,13 +202,21 @@ def test_peft_and_we_read_what_is_written(options: Options, packed: bool, tmp_pa
         assert relative(again(ids()).logits, logits) < 1e-5
 
 
+def by_transformers(model: Any, folder: Path) -> Tensor:
+    """The logits of a plain model with the adapter that transformers' own `load_adapter` has read."""
+    model.load_adapter(str(folder))
+    return model.eval()(ids()).logits
+
+
 @pytest.mark.parametrize("name", ["both", "all", "layers", "ranks", "the router itself"])
 def test_transformers_own_load_adapter_reads_it(name: str, tmp_path: Path) -> None:
     model = moved(WRITTEN[name])
     save_adapter(model, tmp_path)
-    plain = tiny_model()
-    plain.load_adapter(str(tmp_path))
-    assert relative(plain.eval()(ids()).logits, model(ids()).logits) < 1e-5
+    # transformers 5.17 leaves whole modules out of what peft itself has saved, too.
+    exact = load_file(PEFT / "options" / "expected.safetensors")["logits"]
+    whole_modules = relative(by_transformers(base_of("options"), PEFT / "options"), exact) < 1e-5
+    right = relative(by_transformers(tiny_model(), tmp_path), model(ids()).logits) < 1e-5
+    assert right == (whole_modules or "train" not in WRITTEN[name])
     assert relative(tiny_model()(ids()).logits, model(ids()).logits) > 1e-3
 
 
