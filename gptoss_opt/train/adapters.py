@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +16,7 @@ from ..checkpoint.peft_format import LAYOUTS
 from ..checkpoint.reader import CheckpointError
 from ..core import CompatibilityError, compose, layout_of, mesh_of, stack_of
 from ..core.record import wrapped_model
+from ..core.resolve import confer
 from ..distributed import local_part
 from ..layout import Form, take
 from ..model.adapters import Adapter, adapters_on
@@ -39,7 +41,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], *, experts_layout: 
     Raises:
         CheckpointError: the folder holds no adapter, or a damaged one, or one of another model.
         ValueError: its config asks for what is not served, or the adapters on the model are others.
-        CompatibilityError: `with_lora` does not go on this model.
+        CompatibilityError: `with_lora` does not go on this model, or another rank cannot read the folder.
 
     Example:
         >>> save_adapter(with_lora(model, rank=4), folder)
@@ -49,20 +51,16 @@ def load_adapter(model: Model, path: str | os.PathLike[str], *, experts_layout: 
     if experts_layout not in (None, *LAYOUTS):
         raise ValueError(f"load_adapter: experts_layout is {experts_layout!r}. Use one of {', '.join(LAYOUTS)}.")
     inner: Any = wrapped_model(model)
-    file = AdapterFile.open(path)
-    wrapper = _wrapper(inner, with_lora(config=file.config))
-    present = wrapper in stack_of(inner)
-    if problems := [] if present else list(wrapper.check(inner)):
-        raise CompatibilityError([f"{wrapper!r}: {problem}" for problem in problems])
-    layout = compose(*stack_of(inner), wrapper).layout(inner)
-    shapes = {name: layout.form(name).shape for name in layout}
-    found = file.assigned(list(wrapper.adapted(inner)), shapes, experts_layout)
-    if packed := [name for name in found if name in layout.storages]:
-        raise CheckpointError(
-            f"{file.folder}: it has values of {packed[0]}, which this model stores as {layout.storages[packed[0]]!r}. "
-            "Load it into a model that stores it dense: undo(model) first."
-        )
-    if not present:
+    stack = stack_of(inner)
+    try:
+        wrapper, found = _read(inner, path, experts_layout)
+    except Exception as error:
+        # The other ranks that hold the model are about to ask whether all can go on.
+        confer(stack.wrappers, inner, [f"{type(error).__name__}: {error}"])
+        raise
+    if problems := confer(stack.wrappers, inner, []):
+        raise CompatibilityError(problems)
+    if wrapper not in stack:
         wrapper(inner)
     for module in inner.modules():
         if isinstance(module, FSDPModule):  # what is whole now will be dropped
@@ -71,6 +69,25 @@ def load_adapter(model: Model, path: str | os.PathLike[str], *, experts_layout: 
         _put(inner.get_parameter(name), values(), layout_of(inner).form(name), mesh_of(inner))
     adapters_on(inner).state.keep(inner)
     return model
+
+
+def _read(
+    model: Any, path: str | os.PathLike[str], experts_layout: str | None
+) -> tuple[Lora, Mapping[str, Callable[[], Tensor]]]:
+    """The `with_lora` that a folder asks for, and what gives the values of each parameter. Touches nothing."""
+    file = AdapterFile.open(path)
+    wrapper, stack = _wrapper(model, with_lora(config=file.config)), stack_of(model)
+    if problems := [] if wrapper in stack else list(wrapper.check(model)):
+        raise CompatibilityError([f"{wrapper!r}: {problem}" for problem in problems])
+    layout = compose(*stack, wrapper).layout(model)
+    shapes = {name: layout.form(name).shape for name in layout}
+    found = file.assigned(list(wrapper.adapted(model)), shapes, experts_layout)
+    if packed := [name for name in found if name in layout.storages]:
+        raise CheckpointError(
+            f"{file.folder}: it has values of {packed[0]}, which this model stores as {layout.storages[packed[0]]!r}. "
+            "Load it into a model that stores it dense: undo(model) first."
+        )
+    return wrapper, found
 
 
 def _wrapper(model: nn.Module, asked: Lora) -> Lora:

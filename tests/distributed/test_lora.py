@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gptoss_opt import (
+    CheckpointError,
     CompatibilityError,
     IrreversibleError,
     adapters_off,
@@ -371,6 +373,27 @@ def damaged(folder: Path) -> str:
 def test_another_models_folder_is_refused_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
     save_adapter(with_lora(tiny_model(**{**UNEVEN, "intermediate_size": 64}), targets="down_proj"), tmp_path)
     assert len(set(ranks(damaged, tmp_path))) == 1
+
+
+def readable_here(folder: Path, present: bool) -> str:
+    model = shard_tensor_parallel(plain())
+    if present:
+        with_lora(model, **{**OPTIONS, "train": ()})
+    stack, rank = stack_of(model), distributed.get_rank()
+    with pytest.raises((CheckpointError, CompatibilityError)) as error:
+        load_adapter(model, folder if rank else folder / "nowhere")
+    assert stack_of(model) == stack
+    assert not any(local(p).any() for name, p in adapters(model).items() if name.endswith(B))
+    load_adapter(model, folder)
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+@pytest.mark.parametrize("present", [False, True], ids=["plain", "adapted"])
+def test_a_folder_that_one_rank_cannot_read_is_an_error_on_all(ranks: Ranks, present: bool, tmp_path: Path) -> None:
+    save_adapter(adapted(train=()), tmp_path)
+    first, *others = ranks(readable_here, tmp_path, present)
+    assert re.match(r"CheckpointError: .*nowhere: there is no adapter_config.json", first)
+    assert all("on rank 0: CheckpointError: " in other and "nowhere" in other for other in others)
 
 
 def not_written(folder: Path) -> str:
