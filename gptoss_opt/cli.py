@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="measure a model in eager attention and with the wrappers",
-        description="Generate and take a training step in eager attention and with each wrapper, and compare. "
-        "Exits with 1 if a wrapper changes the model's results.",
+        description="Generate and take a training step in eager attention and with each wrapper, decode, serve, "
+        "fine-tune, and compare. Exits with 1 if a wrapper changes the model's results.",
     )
     demo.add_argument(
         "--model", metavar="DIR_OR_ID", help="a folder or a Hugging Face hub id (default: a small random checkpoint)"

@@ -86,7 +86,8 @@ class Comparison:
         per_length: whether cases are run at every prompt length; those of one "length" are compared.
         on_ranks: whether cases start processes of their own, and are left out unless ranks are asked for.
         wide: whether a random checkpoint is as wide as gpt-oss-20b.
-        dtype: which dtype to load in, by the one that is asked for; None takes that itself.
+        dtype: which dtype to load in, by the one that is asked for ("auto" for a model of the user's, if none is);
+            None takes that itself.
     """
 
     title: str

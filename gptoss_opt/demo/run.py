@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import CheckpointError, with_mxfp4_experts
+from .. import CheckpointError, Stack, with_mxfp4_experts
 from ..checkpoint import Checkpoint
 from ..testing import Size, random_checkpoint
 from .comparison import Comparison, DemoReport, Outcome, Settings
@@ -37,14 +37,15 @@ def run_demo(
     comparisons: Sequence[Comparison] = COMPARISONS,
     isolated: bool = True,
 ) -> DemoReport:
-    """Generate and train a step with every stack, decode with the experts held in each way, serve, and compare.
+    """Generate and train a step with every stack, decode with experts held in each way, serve, fine-tune, and compare.
 
     Args:
         model: a folder or a hub id; None writes random checkpoints and removes them afterwards.
         lengths: prompt lengths in tokens.
         new_tokens: how many tokens to generate, greedily.
         dtype: to load the weights in; None is "float32" for the random checkpoint, else "auto", the dtype of the file.
-            The tables of decoding and serving are in float32 if that is asked for, else in bfloat16.
+            The tables of decoding and serving are in float32 if that is asked for, else in bfloat16; that of
+            fine-tuning is in float32 for the random checkpoint as well, unless another dtype is asked for.
         threads: CPU threads; None leaves that to torch.
         ranks: shard the model over so many processes too, in float32 unless another dtype is asked for.
         size: of the random checkpoint.
@@ -78,7 +79,8 @@ def run_demo(
         total = sum(len(one.cases) * (1 + len(lengths) if one.per_length else 1) for one in chosen)
         with tqdm(total=total, bar_format="{desc:<53}{bar}| {n_fmt}/{total_fmt} {elapsed}", ncols=80) as bar:
             for one in chosen:
-                own = one.dtype(dtype) if one.dtype else dtype or ("auto" if model else "float32")
+                asked = dtype or ("auto" if model else None)
+                own = one.dtype(asked) if one.dtype else asked or "float32"
                 folder = Path(tempfile.mkdtemp(dir=scratch))
                 settings = Settings(*checkpoints[one.wide], own, new_tokens, lengths, threads, ranks, folder)
                 found.append((replace(one, outcomes=tuple(_outcomes(one, settings, isolated, bar))), vars(settings)))
@@ -109,9 +111,13 @@ def check_model(path: str, max_length: int, ranks: int | None) -> bool:
 def _possible(comparisons: Sequence[Comparison], packed: bool, ranks: int | None) -> Iterator[Comparison]:
     for comparison in comparisons:
         # To pack dense weights is lossy.
-        cases = tuple(case for case in comparison.cases if packed or case.wrap != with_mxfp4_experts())
+        cases = tuple(case for case in comparison.cases if packed or not _packs(case.wrap))
         if cases and (ranks or not comparison.on_ranks):
             yield replace(comparison, cases=cases)
+
+
+def _packs(wrap: Any) -> bool:
+    return with_mxfp4_experts() in (wrap if isinstance(wrap, Stack) else (wrap,))
 
 
 def _outcomes(comparison: Comparison, settings: Settings, isolated: bool, bar: Any) -> Iterator[Outcome]:

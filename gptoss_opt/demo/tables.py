@@ -8,13 +8,17 @@ from .. import (
     compose,
     shard_experts,
     shard_tensor_parallel,
+    with_chunked_loss,
     with_fast_experts,
     with_flash_attention,
+    with_full_finetuning,
+    with_lora,
     with_mxfp4_experts,
 )
 from ..testing import SIZES
 from .comparison import Case, Column, Comparison
 from .decoding import PROMPT_LENGTH, measure_experts, measure_sharded
+from .finetuning import NUM_TOKENS, STEPS, in_peft, measure_finetuning
 from .serving import MAX_PROMPT, MIN_PROMPT, NUM_PROMPTS, measure_serving
 from .stacks import measure_stacks
 
@@ -109,5 +113,31 @@ most that was held, of pages those in use.""",
     dtype=EXPERTS.dtype,
 )
 
-COMPARISONS = (STACKS, EXPERTS, SHARDED, SERVING)
+LONG = compose(with_flash_attention(), with_chunked_loss())
+"""What a long row needs, whatever is trained."""
+
+FINETUNING = Comparison(
+    title=f"{{name}}, dtype {{dtype}}, {STEPS} steps of AdamW on a row of {NUM_TOKENS} tokens",
+    columns=(
+        Column("fine-tuning"),
+        *(Column(f"{step} loss", "{:.4f}".format) for step in ("first", "last")),
+        Column("speed", SPEED, "more"),
+        Column("peak memory", "{:.0f} MiB".format, "less"),
+        Column("trained parameters", "{:,}".format),
+    ),
+    footnote="""\
+The same row in each step; (ratios) are to the first row. Ours have with_flash_attention and with_chunked_loss as well.
+LoRA: adapters of rank 8 on attention and experts. Speed: by the median step after the first. Peak memory: the most that
+training took beyond the loaded model, gradients and the state of AdamW included.""",
+    cases=(
+        Case("all parameters (transformers)"),
+        Case("with_full_finetuning", compose(with_full_finetuning(), LONG)),
+        Case("LoRA (transformers and peft)", in_peft),
+        Case("with_lora, with_mxfp4_experts", compose(with_lora(), with_mxfp4_experts(), LONG)),
+    ),
+    measure=measure_finetuning,
+    dtype=lambda asked: "float32" if asked in (None, "float32") else "bfloat16",
+)
+
+COMPARISONS = (STACKS, EXPERTS, SHARDED, SERVING, FINETUNING)
 """All tables, in the order in which they are measured and printed."""

@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from gptoss_opt import ContinuousBatcher, cli, demo, load, with_flash_attention
-from gptoss_opt.demo import DemoError, measure, run_demo, serving
+from gptoss_opt.demo import DemoError, finetuning, measure, run_demo, serving
 from gptoss_opt.demo.comparison import Case, Column, Comparison, DemoReport, Outcome, Settings, Step
 from gptoss_opt.demo.measure import PeakMemory, compare
-from gptoss_opt.demo.tables import EXPERTS, SERVING, SHARDED, STACKS, WIDE
+from gptoss_opt.demo.tables import EXPERTS, FINETUNING, SERVING, SHARDED, STACKS, WIDE
 from gptoss_opt.testing import random_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 SHORT = replace(STACKS, cases=STACKS.cases[:1])
 
@@ -54,6 +56,22 @@ def load_with_other_biases(*args: Any, **options: Any) -> Any:
     model = load(*args, **options)
     for layer in model.model.layers:
         layer.mlp.experts.down_proj_bias.data.add_(1)
+    return model
+
+
+def load_with_other_gradients(*args: Any, **options: Any) -> Any:
+    """`load`, but routers and adapters go uphill."""
+    model = load(*args, **options)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("router" in name or "lora_" in name):
+            parameter.register_hook(torch.neg)
+    return model
+
+
+def load_with_a_frozen_norm(*args: Any, **options: Any) -> Any:
+    """`load`, but one parameter is not trained."""
+    model = load(*args, **options)
+    model.model.norm.weight.requires_grad_(False)
     return model
 
 
@@ -194,6 +212,83 @@ def test_the_bar_tells_how_fast_a_batcher_is(
     assert "| 5/5 " in shown
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_fine_tuning_in_each_way(dtype: str | None) -> None:
+    report = small_run(comparisons=[FINETUNING], dtype=dtype)
+    assert report.problems == ()
+    lines = figures(report, "fine-tuning")
+    assert [line["fine-tuning"] for line in lines] == [case.label for case in FINETUNING.cases]
+    plain, full, peft, lora = lines
+    for line in lines:
+        assert line["first loss"] == pytest.approx(plain["first loss"], rel=2e-3 if dtype else 1e-5)
+        assert line["last loss"] < line["first loss"]
+        assert line["speed"] > 0
+    if not dtype:
+        assert full["last loss"] == pytest.approx(plain["last loss"], rel=1e-5)
+    # Rows and columns of 2 x 4 matrices of attention, and of 2 x 2 for each of four experts.
+    pairs = 2 * (2 * (64 + 64) + 2 * (64 + 32)) + 2 * 4 * ((64 + 192) + (96 + 64))
+    assert peft["trained parameters"] == lora["trained parameters"] == 8 * pairs
+    assert plain["trained parameters"] == full["trained parameters"] == 208_080
+    text = str(report)
+    assert f"dtype {dtype or 'float32'}, 3 steps of AdamW on a row of 768 tokens" in text
+    assert "GptOssForCausalLM: 4 wrappers" in text
+
+
+def test_fine_tuning_of_another_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "load", load_with_other_biases)
+    report = small_run(comparisons=[FINETUNING], lengths=[8])
+    for case in FINETUNING.cases[1::2]:
+        assert any(problem.startswith(f"{case.label}: the loss of the first step") for problem in report.problems)
+
+
+def test_other_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "load", load_with_other_gradients)
+    report = small_run(comparisons=[FINETUNING], lengths=[8])
+    full, lora = report.problems
+    assert full.startswith("with_full_finetuning: the loss of a later step is off by ")
+    assert lora.startswith("with_lora, with_mxfp4_experts: the loss does not fall: ")
+
+
+def test_parameters_that_are_not_trained_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "load", load_with_a_frozen_norm)
+    report = small_run(comparisons=[FINETUNING], lengths=[8])
+    assert "with_full_finetuning: it trains 208,016 parameters, not 208,080." in report.problems
+
+
+def test_what_is_judged_of_losses() -> None:
+    losses = torch.tensor([4.0, 3.0, 2.0])
+
+    def problems(losses: torch.Tensor, count: int = 8, adapters: bool = False, bits: int = 32) -> list[str]:
+        first = torch.tensor([4.0, 3.0, 2.0]), 8, False
+        return finetuning.judge(first, (losses, count, adapters), {16: torch.bfloat16, 32: torch.float32}[bits])
+
+    assert problems(losses) == problems(losses + 1e-6) == problems(losses, 2, adapters=True) == []
+    assert problems(losses, 7) == ["it trains 7 parameters, not 8."]
+    later = torch.tensor([4.0, 3.0, 2.01])
+    assert problems(later) == ["the loss of a later step is off by 5.0e-03, above 1e-04."]
+    assert problems(later, 2, adapters=True) == []
+    assert problems(losses + 0.1, 2, adapters=True) == ["the loss of the first step is off by 2.5e-02, above 1e-05."]
+    assert problems(later, bits=16) == []
+    assert len(problems(losses + 0.1, bits=16)) == 2
+    assert len(problems(losses[:1].expand(3), 2, adapters=True)) == 1
+    assert len(problems(losses * torch.nan)) == 3
+
+
+def test_fine_tuning_that_cannot_be_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "find_spec", lambda name: None)
+    report = small_run(comparisons=[replace(FINETUNING, cases=FINETUNING.cases[::2])], lengths=[8])
+    assert report.problems == ()
+    assert re.search(r"LoRA \(transformers and peft\): peft is not installed  n/a +n/a +n/a +n/a +n/a\n", str(report))
+    # Gradients and two values of AdamW, in float32.
+    monkeypatch.setattr(finetuning, "_free_memory", lambda device: 3 * 208_080 * 4)
+    report = small_run(comparisons=[replace(FINETUNING, cases=FINETUNING.cases[::3])], lengths=[8])
+    plain, lora = figures(report, "fine-tuning")
+    assert plain["fine-tuning"] == "all parameters (transformers): needs 0.0 GiB beside the model"
+    assert plain["speed"] is None
+    assert lora["speed"] > 0
+    assert report.problems == ()
+
+
 def test_a_step_that_runs_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError
@@ -218,6 +313,8 @@ def test_what_is_not_packed_in_the_file_is_not_packed(tmp_path: Path) -> None:
     report = small_run(model=str(tmp_path / "dense"), lengths=[8])
     assert [line["experts"] for line in figures(report, "experts")] == [case.label for case in EXPERTS.cases[:2]]
     assert [line["served by"] for line in figures(report, "served by")] == [case.label for case in SERVING.cases[:2]]
+    tuned = [line["fine-tuning"] for line in figures(report, "fine-tuning")]
+    assert tuned == [case.label for case in FINETUNING.cases[:3]]
     assert report.problems == ()
 
 

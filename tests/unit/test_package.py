@@ -104,7 +104,7 @@ KNOWN = {
     "serve": {"psutil", "tqdm", "transformers"},
     "train": {"matplotlib", "psutil", "tqdm", "transformers"},
 }
-KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"transformers", "tqdm"}}
+KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"peft", "psutil", "transformers", "tqdm"}}
 # Implementations import no sibling, but for a file of kernels that is theirs alone: (implementation, file).
 OWN_KERNELS = {("triton", "triton_kernels")}
 
