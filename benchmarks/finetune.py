@@ -31,7 +31,7 @@ from gptoss_opt import (
     with_lora,
     with_mxfp4_experts,
 )
-from gptoss_opt.testing import SIZES, random_checkpoint
+from gptoss_opt.testing import random_checkpoint
 
 RANK = 8
 OURS, FROZEN = "ours, packed experts", "ours, without adapters"
@@ -139,6 +139,31 @@ def peft(path: Path, adapter: Path, implementation: str, limit: int | None = Non
     return trains(PeftModel.from_pretrained(model, adapter, is_trainable=True))
 
 
+def in_turn(made: Mapping[str, Apart], repeats: int, num_tokens: int) -> dict[str, list[Step]]:
+    """The steps of all contenders, who take turns; of a first turn, which warms up, and of so many more."""
+    found: dict[str, list[Step]] = {name: [] for name in made}
+    for _ in tqdm(range(repeats + 1), desc="turns"):
+        for name, one in made.items():
+            found[name].append(one.ask(num_tokens))
+    for one in made.values():
+        one.close()
+    return found
+
+
+def times_of(found: Mapping[str, Sequence[Step]]) -> dict[str, list[float]]:
+    """The seconds of all steps but the first."""
+    return {name: [step.seconds for step in steps[1:]] for name, steps in found.items()}
+
+
+def speeds(times: Mapping[str, Sequence[float]], num_tokens: int) -> Point:
+    """What a point tells of times on so many tokens."""
+    return {
+        "tokens": num_tokens,
+        "seconds": {name: [round(one, 3) for one in some] for name, some in times.items()},
+        "tokens/s": {name: round(num_tokens / statistics.median(some), 1) for name, some in times.items()},
+    }
+
+
 @dataclass(frozen=True)
 class BesidePeft(Case):
     """A step of so many tokens, in turn."""
@@ -157,21 +182,13 @@ class BesidePeft(Case):
         return {OURS: Apart(ours, *at), **peers}
 
     def run(self, made: dict[str, Apart], repeats: int) -> list[Point]:
-        found: dict[str, list[Step]] = {name: [] for name in made}
-        for _ in tqdm(range(repeats + 1), desc="turns"):
-            for name, one in made.items():
-                found[name].append(one.ask(self.num_tokens))
-        for one in made.values():
-            one.close()
-        # The first turn warms up.
-        times = {name: [step.seconds for step in steps[1:]] for name, steps in found.items()}
+        found = in_turn(made, repeats, self.num_tokens)
+        times = times_of(found)
         peaks = {name: max(step.peak for step in steps) for name, steps in found.items()}
         best = min(PEFTS.values(), key=lambda name: statistics.median(times[name]))
         return [
             {
-                "tokens": self.num_tokens,
-                "seconds": {name: [round(one, 3) for one in some] for name, some in times.items()},
-                "tokens/s": {n: round(self.num_tokens / statistics.median(some), 1) for n, some in times.items()},
+                **speeds(times, self.num_tokens),
                 "speed ratio": round(median_ratio(times[best], times[OURS]), 2),
                 "asked speed ratio": SPEED_ASKED,
                 "peak bytes above the weights": peaks,
@@ -283,19 +300,12 @@ class Adapters(Case):
         return {OURS: Apart(ours, path, None), FROZEN: Apart(ours, path, None, lora=False)}
 
     def run(self, made: dict[str, Apart], repeats: int) -> list[Point]:
-        found: dict[str, list[Step]] = {name: [] for name in made}
-        for _ in tqdm(range(repeats + 1), desc="turns"):
-            for name, one in made.items():
-                found[name].append(one.ask(self.num_tokens))
-        for one in made.values():
-            one.close()
-        times = {name: [step.seconds for step in steps[1:]] for name, steps in found.items()}
+        found = in_turn(made, repeats, self.num_tokens)
+        times = times_of(found)
         return [
             {
-                "tokens": self.num_tokens,
                 "layers": self.layers,
-                "seconds": {name: [round(one, 3) for one in some] for name, some in times.items()},
-                "tokens/s": {n: round(self.num_tokens / statistics.median(some), 1) for n, some in times.items()},
+                **speeds(times, self.num_tokens),
                 "cost": round(median_ratio(times[OURS], times[FROZEN]), 3),
                 "asked cost": COST_ASKED,
                 "peak bytes of the process": max(step.resident for step in found[OURS]),
@@ -330,7 +340,6 @@ class Adapters(Case):
 
 def cases(settings: case.Settings, folder: Path) -> list[Case]:
     """All cases on a CPU."""
-    assert "medium" in SIZES
     return [
         BesidePeft("1,024 tokens, 8 layers", folder, "medium", 1024),
         Lengths("by length, 8 layers", folder, "medium", (1024, 2048, 4096, 8192), 4096),

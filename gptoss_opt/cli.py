@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import BackendError, CheckpointError, CompatibilityError, __version__
-from .train.options import FinetuneError, add_options, read_config, settle
+from .finetune.options import FinetuneError, add_options, read_config, settle
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -88,9 +88,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> int:
-    from .train.finetune import finetune
-    from .train.run_folder import continued
-    from .train.script import script
+    from .finetune.loop import finetune
+    from .finetune.run_folder import continued
+    from .finetune.script import script
 
     given = {name: value for name, value in vars(args).items() if name not in ("run", "config", "resume", "show_code")}
     try:

@@ -21,7 +21,7 @@ from ..model.adapters import Place, adapter_parameters, adapters_on, sum_of_bits
 from ..model.peft_config import config_of
 from .peft_format import CONFIG, IN_OUT, LAYOUTS, WEIGHTS, OnDisk, Shape, key_of, on_disk, parameter_of
 from .reader import CheckpointError, TensorInfo, as_checkpoint_errors, parse_object, read_header, read_tensor
-from .save import gather_state_dict, ranks_of, write_on_first
+from .save import gather_state_dict, ranks_of, refuse_options, write_on_first
 from .writer import write_files
 
 
@@ -118,14 +118,11 @@ def save_pretrained(
     Raises:
         ValueError: an option that is not served here.
     """
-    harmless = {"push_to_hub": False, "variant": None, "distributed_checkpoint": False, "save_peft_format": True}
-    ignored = {"save_function", "token", "max_shard_size", "save_original_format", "safe_serialization"}
-    for option, value in options.items():
-        if option not in ignored and (option not in harmless or value is not harmless[option]):
-            raise ValueError(
-                f"save_pretrained({option}={value!r}) is not served on a model with adapters. Save without it; "
-                "export(model, path) writes a whole checkpoint."
-            )
+    refuse_options(
+        options,
+        {"save_peft_format": True},
+        "a model with adapters. Save without it; export(model, path) writes a whole checkpoint.",
+    )
     if state_dict is not None:
         _save_given(model, save_directory, state_dict)
     elif is_main_process or ranks_of(model) is not None:

@@ -99,14 +99,13 @@ def save_pretrained(
         ValueError: an option that is not served here.
         OSError: on every rank, if rank 0 could not write; on rank 0 itself what went wrong there.
     """
-    harmless = {"state_dict": None, "push_to_hub": False, "variant": None, "distributed_checkpoint": False}
-    ignored = {"save_function", "token", "save_peft_format", "save_original_format", "safe_serialization"}
-    for option, value in options.items():
-        if option not in ignored and (option not in harmless or value is not harmless[option]):
-            raise ValueError(
-                f"save_pretrained({option}={value!r}) is not served on a sharded model. Save without it: what is "
-                "written is an ordinary checkpoint, which transformers loads and saves as you like."
-            )
+    options.pop("save_peft_format", None)
+    refuse_options(
+        options,
+        {"state_dict": None},
+        "a sharded model. Save without it: what is written is an ordinary checkpoint, which transformers loads and "
+        "saves as you like.",
+    )
     described, tensors, config = _described(model), gather_state_dict(model), config_to_save(model)
     config.dtype = str(model.dtype).removeprefix("torch.")
 
@@ -114,6 +113,15 @@ def save_pretrained(
         write_checkpoint(model, folder, config, described, tensors, max_shard_size=max_shard_size)
 
     write_on_first(model, tensors, save_directory, write)
+
+
+def refuse_options(options: Mapping[str, Any], served: Mapping[str, Any], of_what: str) -> None:
+    """Raise `ValueError` for an option of transformers' `save_pretrained` that asks for more than is served."""
+    harmless = {"push_to_hub": False, "variant": None, "distributed_checkpoint": False, **served}
+    ignored = {"save_function", "token", "max_shard_size", "save_original_format", "safe_serialization"}
+    for option, value in options.items():
+        if option not in ignored and (option not in harmless or value is not harmless[option]):
+            raise ValueError(f"save_pretrained({option}={value!r}) is not served on {of_what}")
 
 
 def ranks_of(model: nn.Module) -> ModelMesh | None:

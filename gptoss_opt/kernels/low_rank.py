@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import transforms
-from .gate import PLAIN
-from .native.low_rank import add_from_rank, serves, sums_over_rows, to_rank
+from .native.low_rank import add_from_rank, add_gradients, serves, to_rank
+from .tracing import is_traced
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LowRank:
 
 def _by_native(x: Tensor, y: Tensor, *factors: Tensor) -> bool:
     """Whether the native library computes what a change adds: torch's products with such narrow factors are slow."""
-    if torch.compiler.is_compiling() or transforms.active() or any(type(t) not in PLAIN for t in (x, y, *factors)):
+    if is_traced(x, y, *factors) or transforms.active():
         return False
     return serves(x, x.shape[-1]) and serves(y, y.shape[-1])
 
@@ -106,13 +106,9 @@ class _Added(torch.autograd.Function):
             inputs = [one if one.requires_grad else one.detach().requires_grad_() for one in (x, a, b)]
             plain = _added(torch.zeros_like(d_y), inputs[0], *(one[0].to(dtype) for one in inputs[1:]))
             return d_y, *torch.autograd.grad(plain, inputs, d_y, create_graph=True)
-        d_hidden, d_x = to_rank(d_y, all_rows, b), None
-        if of_x:
-            d_x = d_y.new_zeros(shape, dtype=dtype)
-            add_from_rank(d_x, all_rows, d_hidden, a)
-        d_a = sums_over_rows(d_hidden, x, all_rows, 1) if of_a else None
-        d_b = sums_over_rows(hidden, d_y, all_rows, 1) if of_b else None
-        return d_y if of_y else None, d_x, d_a, d_b
+        d_x = d_y.new_zeros(shape, dtype=dtype) if of_x else None
+        factors = add_gradients(d_y, d_x, all_rows, (a, b), x, hidden, wanted=(of_a, of_b))
+        return d_y if of_y else None, d_x, *factors
 
 
 def dropped(x: Tensor, probability: float) -> Tensor:

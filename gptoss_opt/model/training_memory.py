@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ..distributed import local_part
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ OPTIMIZERS = {
 def training_memory(model: nn.Module, optimizer: OptimizerState) -> str:
     """Say in a sentence what training `model` holds on this rank beside activations, as it is held now."""
     parameters = list(model.parameters())
-    mine = [_local(parameter) for parameter in parameters]
+    mine = [local_part(parameter) for parameter in parameters]
     trained = [local for local, parameter in zip(mine, parameters, strict=True) if parameter.requires_grad]
     weights, gradients = _num_bytes(mine), _num_bytes(trained)
     state = sum(optimizer.num_bytes(local) for local in trained)
@@ -73,11 +74,6 @@ def training_memory(model: nn.Module, optimizer: OptimizerState) -> str:
         f"gradients {_written(gradients)}, optimizer state {_written(state)} ({optimizer.describe(dtypes)}): "
         f"{_written(weights + gradients + state)} with the weights{rank}"
     )
-
-
-def _local(parameter: Tensor) -> Tensor:
-    with torch.no_grad():
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

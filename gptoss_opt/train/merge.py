@@ -72,8 +72,8 @@ def refuse_loss(report: MergeReport, otherwise: str) -> None:
         shown = ", ".join(f"{name} {found.change_sqnr:.1f} dB" for name, found in lost[:3])
         raise ValueError(
             f"the change of {len(lost)} of {len(report.weights)} weights would round away; of it is left, as "
-            f"signal-to-noise ratio: {shown}. Keep the adapter apart (save_adapter), or merge into dense weights "
-            f"(export(model, path, format='bf16')). {otherwise} does it even so."
+            f"signal-to-noise ratio: {shown}. Keep the adapter apart (save_adapter), or merge into weights of more "
+            f"precision: bf16 instead of packed ones, float32 instead of bfloat16. {otherwise} does it even so."
         )
 
 

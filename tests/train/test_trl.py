@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from gptoss_opt import adapters_off, stack_of, undo, with_flash_attention, with_lora, with_mxfp4_experts
 from gptoss_opt.wrappers.lora import TARGETS
+from tests.finetune.chats import MARKED, assistant, tokenizer, user
 from tests.helpers import relative
-from tests.train.chats import MARKED, assistant, tokenizer, user
 from tests.train.twins import adapted, assert_only_adapters_changed, in_peft, plain, values
 
 datasets = pytest.importorskip("datasets", reason="TRL needs Python 3.11")

@@ -86,11 +86,12 @@ LAYERS: dict[str, set[str]] = {
     "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "parallel"},
     "serve": {"core", "distributed", "kernels", "model", "wrappers"},
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
+    "finetune": {"checkpoint", "table", "train", "wrappers"},
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
     "testing": set(),
     "demo": {"table", "testing", "model", "checkpoint", "serve", ""},
-    "cli": {"demo", "train", ""},
+    "cli": {"demo", "finetune", ""},
     "__main__": {"cli"},
     "__init__": {"checkpoint", "core", "distributed", "model", "serve", "train", "wrappers", "version"},
 }
@@ -102,7 +103,8 @@ KNOWN = {
     "checkpoint": {"huggingface_hub", "packaging", "tqdm", "transformers"},
     "parallel": {"accelerate", "transformers"},
     "serve": {"psutil", "tqdm", "transformers"},
-    "train": {"matplotlib", "psutil", "tqdm", "transformers"},
+    "train": {"tqdm"},
+    "finetune": {"matplotlib", "psutil", "tqdm", "transformers"},
 }
 KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"peft", "psutil", "transformers", "tqdm"}}
 # Implementations import no sibling, but for a file of kernels that is theirs alone: (implementation, file).

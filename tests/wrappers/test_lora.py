@@ -30,7 +30,7 @@ from gptoss_opt import (
     with_mxfp4_experts,
 )
 from gptoss_opt.kernels import low_rank as kernel
-from gptoss_opt.kernels.experts import low_rank as experts_kernel
+from gptoss_opt.kernels.native import low_rank as native
 from gptoss_opt.model import adapters as model_adapters
 from tests.helpers import GOLDEN, assert_as_exact, ids, relative
 from tests.materialised import A, B, Materialised, adapters, begun, gentle
@@ -204,8 +204,8 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_gradient_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = experts_kernel.sums_over_rows
-    monkeypatch.setattr(experts_kernel, "sums_over_rows", lambda *args: real(*args) * 0.99)
+    real = native.sums_over_rows
+    monkeypatch.setattr(native, "sums_over_rows", lambda *args: real(*args) * 0.99)
 
 
 def experts_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..low_rank import LowRank
+from ..tracing import is_traced, needs_operator
 from .activation import swiglu
 from .backends import DENSE_BACKENDS, PACKED_BACKENDS, kernel_of
 from .check import check
@@ -14,7 +15,6 @@ from .impl.reference import all_experts
 from .linear import linear
 from .low_rank import changed_linear
 from .routes import Routes
-from .tracing import is_traced, needs_operator
 from .weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import is_traced, needs_operator
 from .backends import PACKED_BACKENDS, PACKED_KERNELS
-from .tracing import is_traced, needs_operator
 from .weights import ExpertsRequest
 
 

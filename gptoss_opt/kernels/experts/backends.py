@@ -9,15 +9,14 @@ from torch import Tensor
 
 from .impl.native import NATIVE, NATIVE_DENSE
 from .impl.reference import REFERENCE, REFERENCE_DENSE
-from .impl.torch_grouped import ROW_BYTES, TORCH_GROUPED
+from .impl.torch_grouped import ROW_BYTES as ROW_BYTES
+from .impl.torch_grouped import TORCH_GROUPED
 from .impl.triton import TRITON
 from .weights import ExpertWeights, PackedWeights
 
 PACKED_BACKENDS = (TRITON, NATIVE, REFERENCE)
 TORCH_BACKENDS = (TORCH_GROUPED, REFERENCE_DENSE)
-"""Those for dense weights that are made of torch alone; the first takes rows of whole units."""
-ROW_UNIT = ROW_BYTES
-"""The bytes of a unit."""
+"""Those for dense weights that are made of torch alone; the first takes rows of whole units, of `ROW_BYTES`."""
 DENSE_BACKENDS = (NATIVE_DENSE, *TORCH_BACKENDS)
 
 Fused = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertWeights, float, float], Tensor]

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..low_rank import LowRank, dropped
-from ..native.low_rank import add_from_rank, serves, sums_over_rows, to_rank
-from .backends import ROW_UNIT, TORCH_BACKENDS, kernel_of
+from ..native.low_rank import add_from_rank, add_gradients, serves, to_rank
+from ..tracing import is_traced
+from .backends import ROW_BYTES, TORCH_BACKENDS, kernel_of
 from .linear import linear
-from .tracing import is_traced
 from .weights import DenseWeights, ExpertsRequest, ExpertWeights, weights_of
 
 
@@ -43,8 +43,8 @@ def changed_linear(x: Tensor, offsets: Tensor, weights: ExpertWeights, change: L
 
 def _through(x: Tensor, offsets: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`x` [N, in] through A [E, r, in] and B transposed [E, r, out], as two products with dense weights: [N, out]."""
-    # torch's product takes rows of whole units alone: the rank is filled up with zeros.
-    more = -a.shape[1] % (ROW_UNIT // x.dtype.itemsize)
+    # torch's grouped product takes rows of a multiple of some bytes alone: the rank is filled up with zeros.
+    more = -a.shape[1] % (ROW_BYTES // x.dtype.itemsize)
     first, second = (functional.pad(factor, (0, 0, 0, more)) for factor in (a, b))
     request = ExpertsRequest(x.device.type, x.dtype, (*first.shape[1:], second.shape[2]))
     backend = next(one.name for one in TORCH_BACKENDS if one.why_not(request) is None)
@@ -72,7 +72,7 @@ class _BesideFrozen(torch.autograd.Function):
         add_from_rank(y, offsets, hidden, b)
         of_factors = any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(x if of_factors else None, hidden if of_factors else None, a, b, offsets, weight, scales)
-        ctx.backend, ctx.num_in = backend, x.shape[1]
+        ctx.backend = backend
         return y
 
     @staticmethod
@@ -83,14 +83,9 @@ class _BesideFrozen(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _differentiable_gradients(d_y, x, a, b, offsets, weights, ctx.backend)
             return *(one if of_it else None for one, of_it in zip(found, wanted, strict=True)), *no_more
-        of_x, of_a, of_b = wanted
-        d_hidden = to_rank(d_y, offsets, b)
+        of_x, *of_factors = wanted
         d_x = kernel_of(weights, ctx.backend).backward(d_y, offsets, weights).contiguous() if of_x else None
-        if d_x is not None:
-            add_from_rank(d_x, offsets, d_hidden, a)
-        d_a = sums_over_rows(d_hidden, x, offsets, len(a)) if of_a else None
-        d_b = sums_over_rows(hidden, d_y, offsets, len(b)) if of_b else None
-        return d_x, d_a, d_b, *no_more
+        return d_x, *add_gradients(d_y, d_x, offsets, (a, b), x, hidden, wanted=of_factors), *no_more
 
 
 def _differentiable_gradients(

@@ -53,6 +53,36 @@ def sums_over_rows(
     return sums
 
 
+def add_gradients(
+    d_y: Tensor,
+    d_x: Tensor | None,
+    offsets: Tensor,
+    factors: tuple[Tensor, Tensor],
+    x: Tensor,
+    hidden: Tensor,
+    *,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `add_from_rank(y, ..., to_rank(x, ..., A), B)`: of the factors, and added to that of `x`.
+
+    Args:
+        d_y: the contiguous gradient of `y`, `[N, out]`.
+        d_x: the contiguous gradient of `x`, `[N, in]`, to add to; None if it is not wanted.
+        offsets: where the rows of each expert end.
+        factors: A `[E, r, in]` and B `[E, r, out]`.
+        x: `[N, in]`; read only if a gradient of a factor is wanted.
+        hidden: `x` through A, `[N, r]`; likewise.
+        wanted: whether the gradients of A and of B are.
+    """
+    a, b = factors
+    d_hidden = to_rank(d_y, offsets, b)
+    if d_x is not None:
+        add_from_rank(d_x, offsets, d_hidden, a)
+    d_a = sums_over_rows(d_hidden, x, offsets, len(a)) if wanted[0] else None
+    d_b = sums_over_rows(hidden, d_y, offsets, len(b)) if wanted[1] else None
+    return d_a, d_b
+
+
 def _call(
     kind: _Kind,
     rows: Tensor,

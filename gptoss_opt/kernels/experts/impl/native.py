@@ -10,8 +10,8 @@ from torch import Tensor
 from ...gate import admit
 from ...mxfp4 import BLOCK
 from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, library, why_not
+from ...tracing import needs_operator
 from ..clamp import edge
-from ..tracing import needs_operator
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights
 
 

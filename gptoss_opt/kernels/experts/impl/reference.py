@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...low_rank import LowRank
+from ...tracing import needs_operator
 from ..clamp import passes_at_limits
 from ..routes import of_expert
-from ..tracing import needs_operator
 from ..weights import ExpertsRequest, ExpertWeights
 
 

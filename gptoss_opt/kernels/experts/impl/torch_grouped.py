@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...tracing import is_traced
 from ..routes import add_bias
-from ..tracing import is_traced
 from ..weights import DenseWeights, ExpertsRequest
 
 ROW_BYTES = 16

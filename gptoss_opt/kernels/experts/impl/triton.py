@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from ...gate import admit
 from ...mxfp4 import BLOCK
+from ...tracing import needs_operator
 from ...triton import DTYPES, why_not
 from ..clamp import edge
 from ..routes import add_bias
-from ..tracing import needs_operator
 from ..weights import ExpertsRequest, PackedWeights
 
 

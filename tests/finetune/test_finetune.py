@@ -20,13 +20,12 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptoss_opt import cli, load, load_adapter
-from gptoss_opt.train import finetune as loop
-from gptoss_opt.train import options as known
-from gptoss_opt.train import report
-from gptoss_opt.train.finetune import Interrupt, finetune
-from gptoss_opt.train.options import FinetuneError, Options, read_config, settle
-from gptoss_opt.train.run_folder import RunFolder, continued
-from tests.train.chats import assistant, checkpoint, tokenizer, user
+from gptoss_opt.finetune import loop, report
+from gptoss_opt.finetune import options as known
+from gptoss_opt.finetune.loop import Interrupt, finetune
+from gptoss_opt.finetune.options import FinetuneError, Options, read_config, settle
+from gptoss_opt.finetune.run_folder import RunFolder, continued
+from tests.finetune.chats import assistant, checkpoint, tokenizer, user
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +191,7 @@ def test_a_run_goes_on_with_what_it_began_with(
 WAIT = """
 import sys
 from gptoss_opt import cli
-from gptoss_opt.train import run_folder
+from gptoss_opt.finetune import run_folder
 
 log = run_folder.RunFolder.log
 

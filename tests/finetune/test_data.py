@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_opt import compose, with_flash_attention, with_full_finetuning
-from gptoss_opt.train.data import DataError, Row, batches, pack, read_documents, steps_per_pass
-from gptoss_opt.train.documents import Document, document_of
-from gptoss_opt.train.options import FinetuneError
+from gptoss_opt.finetune.data import DataError, Row, batches, pack, read_documents, steps_per_pass
+from gptoss_opt.finetune.documents import Document, document_of
+from gptoss_opt.finetune.options import FinetuneError
 from gptoss_opt.wrappers.chunked_loss import with_chunked_loss
+from tests.finetune.chats import MARKED, TEMPLATE, assistant, tokenizer, user
 from tests.helpers import tiny_model
-from tests.train.chats import MARKED, TEMPLATE, assistant, tokenizer, user
 
 CHAT = [user("2+2?"), assistant("4"), user("and 1 more?"), assistant("5", thinking="4+1")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gate import PLAIN
+from .gate import PLAIN
 
 
 def is_traced(*tensors: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checkpoint import load, save_adapter
-from .adapters import load_adapter
+from ..train import load_adapter
 from .data import Row, batches, pack, read_documents, steps_per_pass
 from .interrupt import Interrupt
 from .options import FinetuneError, Options
