@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from benchmarks.harness import peak_memory
-from gptoss_opt.kernels.loss import Function, chunked_cross_entropy, heads, room, rows_of_chunk
+from gptoss_opt.kernels.loss import Function, chunked_cross_entropy, heads, rows_of_chunk, sums, vocabulary
 from tests.helpers import assert_as_exact, differentiate, relative
 
 ROWS, HIDDEN, WORDS = 23, 16, 57
@@ -39,8 +39,9 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Any = None) -
 
 @pytest.fixture(params=HEADS)
 def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Function | None:
-    """The same head twice; sums and casts go through several blocks."""
-    monkeypatch.setattr(room, "BLOCK", 100)
+    """The same head twice; sums, casts and softmaxes go through several blocks."""
+    monkeypatch.setattr(sums, "BLOCK", 100)
+    monkeypatch.setattr(vocabulary, "BYTES", 3 * 4 * WORDS)
     return HEADS[request.param]
 
 
@@ -89,7 +90,7 @@ def test_sums_over_many_chunks(head: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
     assert error() < 1.1
     # Negative control: sums in bfloat16.
-    monkeypatch.setattr(room, "wide", lambda dtype: dtype)
+    monkeypatch.setattr(sums, "wide", lambda dtype: dtype)
     assert error() > 2
 
 
@@ -195,6 +196,20 @@ def test_any_function_whose_weights_are_named(chunk: int) -> None:
         assert relative(one, other) < 1e-13
 
 
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_gradients_that_autograd_shares(chunk: int) -> None:
+    hidden, weight, labels = problem()
+    inputs = [hidden, weight, torch.randn_like(weight), torch.randn_like(weight[:20])]
+
+    def head(rows: Tensor, weight: Tensor, more: Tensor, some: Tensor) -> Tensor:
+        return linear(rows, weight + more + torch.nn.functional.pad(some, (0, 0, 0, WORDS - 20)))
+
+    found = differentiate(chunked(head, labels, chunk=chunk), inputs, torch.tensor(3.0))
+    expected = differentiate(lambda *x: cross_entropy(head(*x), labels), inputs, torch.tensor(3.0))
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other) < 1e-14
+
+
 def test_logits_beyond_what_exponentials_hold(head: Any) -> None:
     hidden, weight, labels = problem(torch.float32)
     ours = chunked(head, labels, chunk=4)(200 * hidden, weight)
@@ -240,19 +255,17 @@ def test_inputs_are_left_as_they_are(head: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_words", "num_rows", "hidden", "expected"),
+    ("num_words", "hidden", "itemsize", "expected"),
     [
-        (201_088, 4096, 0, 333),  # 256 MiB of logits
-        (201_088, 4096, 640, 333),
-        (201_088, 4096, 2880, 960),  # as much as the gradient of the head takes beside their sum
-        (201_088, 1920, 2880, 1920),  # one chunk needs no sum
-        (201_088, 1921, 2880, 960),
-        (2**30, 4096, 0, 16),
-        (128, 0, 64, 1),
+        (201_088, 0, 2, 667),  # 256 MiB of logits
+        (201_088, 0, 4, 333),
+        (201_088, 640, 2, 667),
+        (201_088, 2880, 2, 1440),  # as much as is there beside the sum of the gradient of the head
+        (2**30, 0, 2, 16),
     ],
 )
-def test_chunks_of_a_size_of_their_own(num_words: int, num_rows: int, hidden: int, expected: int) -> None:
-    assert rows_of_chunk(num_words, num_rows, num_trained=num_words * hidden) == expected
+def test_chunks_of_a_size_of_their_own(num_words: int, hidden: int, itemsize: int, expected: int) -> None:
+    assert rows_of_chunk(num_words, num_trained=num_words * hidden, itemsize=itemsize) == expected
 
 
 class Part:
@@ -274,7 +287,8 @@ OTHERS: list[Tensor] = []
 """What the process of the other part would send, in order."""
 
 
-def test_a_part_of_the_vocabulary(head: Any) -> None:
+def test_a_part_of_the_vocabulary(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "BYTES", 2**20)  # one exchange for all rows
     hidden, weight, labels = problem()
     counted = labels != -100
     logits = linear(hidden, weight)[counted]

@@ -16,38 +16,34 @@ from torch import Tensor
 
 from .heads import Function
 from .op import ChunkedCrossEntropy, Task, loss_of
-from .room import wide
+from .sums import wide
 from .vocabulary import Vocabulary, Whole, check_labels
 
 MAX_BYTES = 1 << 28
-"""What the logits of a chunk take in float32, at most, where larger chunks would take more memory."""
+"""What the logits of a chunk take, at most, where what else is there does not take more."""
 
 MIN_ROWS = 16
 """Fewer rows than that are never computed at a time: each chunk reads the weights of the head three times."""
 
 
-def rows_of_chunk(num_words: int, num_rows: int, num_trained: int) -> int:
+def rows_of_chunk(num_words: int, num_trained: int, itemsize: int) -> int:
     """How many rows are computed at a time, so that it is fast and takes little memory.
 
-    Gradients of weights are summed over several chunks in float32, 4 bytes for each value, and the gradient that the
-    sum becomes takes 2 more: 6 bytes. While there are chunks, their logits, 6 bytes each, may take what is left of
-    that. One chunk for all needs no such sum: it takes no more, if its logits have two thirds as many values.
+    Gradients of weights are summed over several chunks in float32, and each value of the sum is there together with
+    that of the gradient that it becomes. Half as many values of logits are no more than that beside the sum.
 
     Args:
         num_words: the size of the vocabulary, or of the part of it that this process computes.
-        num_rows: how many rows there are.
         num_trained: how many values of weights take gradients.
+        itemsize: the bytes of a value of the logits.
 
     Example:
-        >>> rows_of_chunk(201088, 4096, num_trained=0)
-        333
-        >>> [rows_of_chunk(201088, rows, num_trained=201088 * 2880) for rows in (1900, 2000, 9999)]
-        [1900, 960, 960]
+        >>> rows_of_chunk(201088, num_trained=0, itemsize=2)
+        667
+        >>> rows_of_chunk(201088, num_trained=201088 * 2880, itemsize=2)
+        1440
     """
-    per_word = num_trained // num_words
-    if num_rows <= 2 * per_word // 3:
-        return max(num_rows, 1)
-    return max(MAX_BYTES // (4 * num_words), per_word // 3, MIN_ROWS)
+    return max(MAX_BYTES // (itemsize * num_words), num_trained // (2 * num_words), MIN_ROWS)
 
 
 def chunked_cross_entropy(
@@ -99,9 +95,8 @@ def chunked_cross_entropy(
     check_labels(labels, vocabulary.size)
     trained = [x for x in (hidden, *weights) if x.requires_grad and torch.is_grad_enabled()]
     if chunk is None:
-        chunk = rows_of_chunk(len(vocabulary.mine), len(labels), sum(x.numel() for x in trained if x is not hidden))
-    if head is None and torch.is_autocast_enabled(hidden.device.type):  # which casts what a product is given
-        head = torch.nn.functional.linear
+        num_trained = sum(x.numel() for x in trained if x is not hidden)
+        chunk = rows_of_chunk(len(vocabulary.mine), num_trained, hidden.itemsize)
     over = torch.as_tensor(len(labels) if divisor is None else divisor, dtype=wide(hidden.dtype), device=hidden.device)
     task = Task(head, rows, labels, vocabulary, chunk, over)
     return ChunkedCrossEntropy.apply(task, hidden, *weights) if trained else loss_of(task, hidden, weights)

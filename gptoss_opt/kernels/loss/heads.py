@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from .room import Room, added, added_product
+from .sums import Buffer, added, added_product
 
 Function = Callable[..., Tensor]
 """Computes the logits [C, V] of rows [C, H] with weights: `head(rows, *weights)`."""
@@ -25,7 +25,7 @@ class Head(Protocol):
     sums: list[Tensor | None]
 
     def logits(self, rows: Tensor) -> Tensor:
-        """The logits [C, V] of rows [C, H]."""
+        """The logits [C, V] of rows [C, H], which may be written over if anything is to go back."""
         ...
 
     def back(self, d_logits: Tensor) -> Tensor | None:
@@ -34,17 +34,20 @@ class Head(Protocol):
 
 
 class Product:
-    """`rows @ weight.T`, whose logits are written into memory of all chunks."""
+    """`rows @ weight.T`, in the dtype of autocast where that is on."""
 
-    def __init__(self, weight: Tensor, room: Room, num_chunks: int, needed: Sequence[bool]) -> None:
-        self.weight, self.room, self.single = weight, room, num_chunks == 1
+    def __init__(self, weight: Tensor, num_chunks: int, needed: Sequence[bool]) -> None:
+        device = weight.device.type
+        self.cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+        self.weight = weight.to(torch.get_autocast_dtype(device)) if self.cast else weight
+        self.single, self.buffer = num_chunks == 1, Buffer()
         self.of_rows, self.of_weight = needed
         self.sums: list[Tensor | None] = [None]
 
     def logits(self, rows: Tensor) -> Tensor:
-        self.rows = rows
-        out = self.room.of((len(rows), len(self.weight)), rows.dtype, rows.device)
-        return torch.mm(rows, self.weight.T, out=out)
+        self.rows = rows.to(self.weight.dtype) if self.cast else rows
+        out = self.buffer.of((len(rows), len(self.weight)), self.weight.dtype, rows.device)
+        return torch.mm(self.rows, self.weight.T, out=out)
 
     def back(self, d_logits: Tensor) -> Tensor | None:
         if self.of_weight and self.single:
@@ -63,7 +66,7 @@ class Composed:
         # Leaves of their own: what hangs on the weights themselves, such as hooks, is for the gradient of the loss.
         self.weights = [w.detach().requires_grad_(is_needed) for w, is_needed in zip(weights, of_weights, strict=True)]
         self.sums: list[Tensor | None] = [None] * len(weights)
-        self.seen = False
+        self.buffer, self.seen = Buffer(), False
 
     def logits(self, rows: Tensor) -> Tensor:
         self.rows = rows.detach().requires_grad_(self.of_rows)
@@ -73,7 +76,9 @@ class Composed:
         if not self.seen:
             _refuse_others(self.last, (self.rows, *self.weights))
             self.seen = True
-        return self.last.detach()
+        logits = self.last.detach()
+        # The function may go back through its own output.
+        return self.buffer.copy(logits, logits.dtype) if self.training else logits
 
     def back(self, d_logits: Tensor) -> Tensor | None:
         trained = [number for number, weight in enumerate(self.weights) if weight.requires_grad]

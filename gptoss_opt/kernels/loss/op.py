@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .heads import Composed, Function, Head, Product
-from .room import Room, scaled, wide
+from .sums import Buffer, scaled
 from .vocabulary import Vocabulary, cross_entropy
 
 
@@ -45,22 +45,21 @@ class Task:
         """The sum over no rows."""
         return torch.zeros((), dtype=self.divisor.dtype, device=self.divisor.device)
 
-    def head(self, weights: Sequence[Tensor], room: Room, needed: Sequence[bool]) -> Head:
+    def head(self, weights: Sequence[Tensor], needed: Sequence[bool]) -> Head:
         """What makes logits, and goes back to rows and weights whose gradients are needed."""
         num_chunks = len(self.chunks())
         if self.function is None:
             (weight,) = weights
-            return Product(weight, room, num_chunks, needed)
+            return Product(weight, num_chunks, needed)
         return Composed(self.function, weights, num_chunks, needed)
 
 
 def loss_of(task: Task, hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """The loss without gradients."""
-    total, room = task.zero(), Room()
-    head = task.head(weights, room, [False] * (1 + len(weights)))
+    total, buffer = task.zero(), Buffer()
+    head = task.head(weights, [False] * (1 + len(weights)))
     for rows, labels in task.chunks():
-        logits = head.logits(hidden[rows])
-        total += cross_entropy(room.cast(logits, wide(logits.dtype)), labels, task.vocabulary)
+        total += cross_entropy(head.logits(hidden[rows]), labels, task.vocabulary, buffer)
     return total / task.divisor
 
 
@@ -73,15 +72,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         # before they are rounded; the second loses nothing later, and in float16 would make them vanish now.
         scale, ctx.exponent = torch.frexp(task.divisor.reciprocal())
         ctx.dtypes, needed = [x.dtype for x in (hidden, *weights)], ctx.needs_input_grad[1:]
-        total, room, d_hidden = task.zero(), Room(), torch.zeros_like(hidden) if needed[0] else None
-        head = task.head(weights, room, needed)
+        total, buffer, d_hidden = task.zero(), Buffer(), torch.zeros_like(hidden) if needed[0] else None
+        head = task.head(weights, needed)
         for rows, labels in task.chunks():
             logits = head.logits(hidden[rows])
-            d_logits = room.cast(logits, wide(logits.dtype))
-            total += cross_entropy(d_logits, labels, task.vocabulary, scale)
-            d_rows = head.back(room.cast(d_logits, logits.dtype))
+            total += cross_entropy(logits, labels, task.vocabulary, buffer, scale)
+            d_rows = head.back(logits)
             if d_hidden is not None and d_rows is not None:
-                d_hidden[rows] = d_rows
+                d_hidden[rows] = d_rows.to(d_hidden.dtype)
         if not len(task.labels):
             head.sums = [torch.zeros_like(w) if one else None for w, one in zip(weights, needed[1:], strict=True)]
         ctx.save_for_backward(d_hidden, *head.sums)
@@ -91,6 +89,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("a loss in chunks has no second derivatives. Compute it from all logits.")
-        factor = torch.ldexp(grads[0], ctx.exponent)
-        ready = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, *(None if x is None else scaled(x, factor, dtype) for x, dtype in ready)
+        factor, saved = torch.ldexp(grads[0], ctx.exponent), ctx.saved_tensors
+        # What nobody asks for again may be written over, but for what autograd gave to several weights at once.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        of = [None if x is None else x.untyped_storage().data_ptr() for x in saved]
+        ready = zip(saved, ctx.dtypes, [not kept and of.count(one) == 1 for one in of], strict=True)
+        return None, *(x if x is None else scaled(x, factor, dtype, in_place=own) for x, dtype, own in ready)

@@ -8,6 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .sums import Buffer, wide
+
+BYTES = 1 << 26
+"""What the logits take, at most, that are in float32 at a time."""
+
 
 class Vocabulary(Protocol):
     """A vocabulary of which several processes may compute a part of the logits each."""
@@ -59,8 +64,27 @@ def check_labels(labels: Tensor, size: int) -> None:
         raise IndexError(f"label {label} is outside the vocabulary of {size}, and is not ignored.")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, scale: Tensor | None = None) -> Tensor:
-    """The sum over rows of the cross entropy of logits [C, V], which become `scale` times its gradient if there is one.
+def cross_entropy(
+    logits: Tensor, labels: Tensor, vocabulary: Vocabulary, buffer: Buffer, scale: Tensor | None = None
+) -> Tensor:
+    """The sum over rows of the cross entropy of logits [C, V].
+
+    With a `scale` the logits become that times their gradient. The softmax is computed in float32 (float64 for
+    float64), in the memory of `buffer`, some rows at a time.
+    """
+    rows = max(BYTES // (4 * logits.shape[-1]), 1)
+    total = torch.zeros((), dtype=wide(logits.dtype), device=logits.device)
+    for some, of_some in zip(logits.split(rows), labels.split(rows), strict=True):
+        in_place = scale is not None and some.dtype == total.dtype
+        x = some if in_place else buffer.copy(some, total.dtype)
+        total += _cross_entropy(x, of_some, vocabulary, scale)
+        if scale is not None and not in_place:
+            some.copy_(x)
+    return total
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, vocabulary: Vocabulary, scale: Tensor | None) -> Tensor:
+    """The cross entropy of logits in float32 or float64, which are written over.
 
     Each process has the logits of its part of the vocabulary; they exchange a maximum and two sums per row.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,29 +18,28 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class Room:
-    """Memory for the logits of one chunk: one tensor for each dtype, of which the first chunk is the largest."""
+class Buffer:
+    """Memory that is used again and again. The first tensor in it is the largest."""
 
     def __init__(self) -> None:
-        self.rooms: dict[torch.dtype, Tensor] = {}
+        self.whole: Tensor | None = None
 
     def of(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor of a dtype, with whatever is in it."""
-        if dtype not in self.rooms:
-            self.rooms[dtype] = memory.empty(shape, dtype, device)
-        return self.rooms[dtype][: shape[0]]
+        """A tensor in this memory, with whatever is there."""
+        if self.whole is None:
+            self.whole = memory.empty(shape, dtype, device)
+        return self.whole[: shape[0]]
 
-    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor of a dtype, with the values of `x`, which may lie in it already."""
-        room = self.of(x.shape, dtype, x.device)
-        return room if room.data_ptr() == x.data_ptr() else room.copy_(x)
+    def copy(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor in this memory, with the values of `x`."""
+        return self.of(x.shape, dtype, x.device).copy_(x)
 
 
 def added(total: Tensor | None, part: Tensor) -> Tensor:
     """`total + part`, in float32 or float64, written to `total` where there is one."""
     if total is None:
         return memory.empty(part.shape, wide(part.dtype), part.device).copy_(part)
-    for to, block in zip(total.view(-1).split(BLOCK), part.reshape(-1).split(BLOCK), strict=True):
+    for to, block in _blocks(total, part):
         to.add_(block)
     return total
 
@@ -56,9 +55,17 @@ def added_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`factor * x` in another dtype."""
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """`factor * x` in another dtype, in the memory of `x` where that may be and it fits."""
+    if in_place and x.dtype == dtype and x.is_contiguous():
+        return x.mul_(factor.view(()))
     y = memory.empty(x.shape, dtype, x.device)
-    for to, block in zip(y.view(-1).split(BLOCK), x.reshape(-1).split(BLOCK), strict=True):
-        torch.mul(block, factor, out=to)
+    for to, block in _blocks(y, x):
+        torch.mul(block, factor.view(()), out=to)
     return y
+
+
+def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The values of two tensors, `x` to be written to: in blocks, unless nothing has to be cast in between."""
+    size = max(x.numel(), 1) if x.dtype == y.dtype else BLOCK
+    return zip(x.view(-1).split(size), y.reshape(-1).split(size), strict=True)
