@@ -20,6 +20,7 @@ from gptoss_opt import (
     with_lora,
 )
 from gptoss_opt.distributed import Region
+from gptoss_opt.kernels import loss as kernel
 from gptoss_opt.parallel import vocabulary
 from tests.distributed.models import UNEVEN, whole
 from tests.distributed.ranks import Ranks
@@ -80,6 +81,17 @@ def test_as_in_one_process(ranks: Ranks, name: str, first: bool) -> None:
     found = ranks(trained, name, first, {})
     assert all(one["logits"] is None for one in found)
     assert difference(found, alone(small())) < 1e-5
+
+
+def in_chunks_of_its_own() -> Found:
+    """Ranks with parts of different sizes may find other numbers of rows good: they must agree on one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "rows_of_chunk", lambda *args, **kwargs: 3 + 2 * distributed.get_rank())
+        return found_on(with_chunked_loss(shard_tensor_parallel(small())))
+
+
+def test_ranks_agree_on_the_size_of_a_chunk(ranks: Ranks) -> None:
+    assert difference(ranks(in_chunks_of_its_own), alone(small())) < 1e-5
 
 
 def test_tied_embeddings(ranks: Ranks) -> None:

@@ -97,6 +97,8 @@ def chunked_cross_entropy(
     if chunk is None:
         num_trained = sum(x.numel() for x in trained if x is not hidden)
         chunk = rows_of_chunk(len(vocabulary.mine), num_trained, hidden.itemsize)
+        # Processes whose parts differ in size take chunks of one size: they meet in each.
+        chunk = -int(vocabulary.max(torch.tensor(-chunk, device=hidden.device)))
     over = torch.as_tensor(len(labels) if divisor is None else divisor, dtype=wide(hidden.dtype), device=hidden.device)
     task = Task(head, rows, labels, vocabulary, chunk, over)
     return ChunkedCrossEntropy.apply(task, hidden, *weights) if trained else loss_of(task, hidden, weights)
