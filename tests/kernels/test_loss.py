@@ -41,7 +41,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Any = None) -
 def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Function | None:
     """The same head twice; sums, casts and softmaxes go through several blocks."""
     monkeypatch.setattr(sums, "BLOCK", 100)
-    monkeypatch.setattr(vocabulary, "BYTES", 3 * 4 * WORDS)
+    monkeypatch.setattr(vocabulary, "BYTES_ON_CPU", 3 * 4 * WORDS)
     return HEADS[request.param]
 
 
@@ -288,7 +288,7 @@ OTHERS: list[Tensor] = []
 
 
 def test_a_part_of_the_vocabulary(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "BYTES", 2**20)  # one exchange for all rows
+    monkeypatch.setattr(vocabulary, "BYTES_ON_CPU", 2**20)  # one exchange for all rows
     hidden, weight, labels = problem()
     counted = labels != -100
     logits = linear(hidden, weight)[counted]
