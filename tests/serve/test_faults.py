@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -124,6 +124,15 @@ def test_an_exception_during_generate(serve: Serve, prompts: Prompts) -> None:
         batcher.generate(prompts, progress=False)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises, also where these tests are run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_during_generate_leaves_the_batcher_usable(
     serve: Serve, prompts: Prompts, expected: Prompts
 ) -> None:
