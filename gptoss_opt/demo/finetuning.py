@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
@@ -39,7 +40,11 @@ def in_peft(model: Any) -> Any:
 
     torch.manual_seed(0)
     attention, experts = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_up_proj", "down_proj"]
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=attention, target_parameters=experts))
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=attention, target_parameters=experts)
+    with warnings.catch_warnings():
+        # What peft calls that newer versions of transformers call otherwise says nothing about the model.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def measure_finetuning(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:

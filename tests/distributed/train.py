@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 from transformers import Trainer, TrainingArguments
 
 from gptoss_opt import init_distributed, shard_experts, shard_tensor_parallel, with_full_finetuning
 from gptoss_opt.distributed import local as model_mesh
 from tests.distributed.models import UNEVEN
+from tests.distributed.ranks import leave
 from tests.helpers import ids, tiny_model
 
 WITHOUT = " without the mean"
@@ -79,7 +79,4 @@ if __name__ == "__main__":
     folder, size, *hows = sys.argv[1:]
     for one in hows:
         main(one, int(size), Path(folder, one))
-    # Nobody leaves while others still talk to it: threads that are alive at the exit may abort it.
-    if distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
+    leave()

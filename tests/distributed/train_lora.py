@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from gptoss_opt import init_distributed, shard_experts, shard_tensor_parallel
 from tests.distributed.models import UNEVEN
+from tests.distributed.ranks import leave
 from tests.helpers import ids
 from tests.train.twins import adapted, plain
 
@@ -96,6 +97,4 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     for one in hows:
         main(one, Path(folder, one), distributed.get_rank(), distributed.get_world_size())
-    # Nobody leaves while others still talk to it: threads that are alive at the exit may abort it.
-    distributed.barrier()
-    distributed.destroy_process_group()
+    leave()
