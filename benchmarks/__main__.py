@@ -1,6 +1,6 @@
 """Run benchmarks: all that `make bench` runs, or one of them by name.
 
-Each verifies what it measures, prints tables and, if all of its cases ran, writes results/NAME-DEVICE.jsonl.
+Each verifies what it measures, prints tables and, if all of its cases ran, writes results/NAME-PROCESSOR.jsonl.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from benchmarks.case import Settings, run
 BENCHMARKS = {
     "attention": "attention with sinks, beside transformers' eager attention",
     "experts": "one expert layer of the 20b, packed and dense, beside transformers' implementations",
+    "linears": "linear layers of few rows, natively and by torch: which is faster when",
     "load": "`load` of a packed checkpoint of the 20b's shapes (--layers N; --full: all of them, and generate)",
     "parallel": "sharded models on two processes, beside transformers' expert parallelism (--layers N)",
     "batching": "continuous batching, beside vLLM and transformers",
@@ -25,7 +26,7 @@ BENCHMARKS = {
     "layout": "how long it takes to compute the layouts of the released models",
     "watch": "how long a batcher takes to notice whether the weights have changed",
 }
-BY_DEFAULT = ("attention", "experts", "load", "parallel", "batching", "finetune")
+BY_DEFAULT = ("attention", "experts", "linears", "load", "parallel", "batching", "finetune")
 
 
 def parser_for(settings: Settings, *, add_help: bool = True) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The picture of throughput against concurrency, from results/batching-cpu.jsonl.
+"""The picture of throughput against concurrency, from results/batching-zen-4.jsonl.
 
 pip install matplotlib && python -m benchmarks.chart
 """
@@ -21,7 +21,7 @@ def main() -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    points = [json.loads(line) for line in (RESULTS / "batching-cpu.jsonl").read_text().splitlines()]
+    points = [json.loads(line) for line in (RESULTS / "batching-zen-4.jsonl").read_text().splitlines()]
     by_number = next(one for one in points if one["case"] == "tokens/s by max_num_sequences")["tokens/s"]
     numbers, rates = [int(number) for number in by_number], list(by_number.values())
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "gptoss_opt", "font.family": "sans-serif"})

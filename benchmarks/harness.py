@@ -19,6 +19,7 @@ import transformers
 
 import gptoss_opt
 from gptoss_opt.kernels import memory
+from gptoss_opt.kernels.processor import processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,11 +33,15 @@ def hardware() -> str:
     """The device in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [
-        line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")
-    ]
-    flags = " ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in _read("/proc/cpuinfo"))
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores, {flags}"
+    info = _read("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    flags = " ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in info)
+    return f"{names[0] if names else platform.processor()} ({processor()}), {len(names)} cores, {flags}"
+
+
+def kind() -> str:
+    """The kind of device, for the names of files: "zen-5", "cuda"."""
+    return "cuda" if torch.cuda.is_available() else processor().lower().replace(" ", "-")
 
 
 def _read(path: str) -> str:
@@ -63,7 +68,7 @@ def record(name: str, points: Sequence[Mapping[str, Any]], command: str) -> Path
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": command,
     }
-    path = RESULTS / f"{name}-{device().type}.jsonl"
+    path = RESULTS / f"{name}-{kind()}.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({**point, **common}) + "\n" for point in points))
     return path

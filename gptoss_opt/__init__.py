@@ -10,6 +10,7 @@ from .version import __version__
 from .wrappers.chunked_loss import with_chunked_loss
 from .wrappers.expert_parallel import shard_experts
 from .wrappers.fast_experts import with_fast_experts
+from .wrappers.fast_linears import with_fast_linears
 from .wrappers.flash_attention import with_flash_attention
 from .wrappers.full_finetuning import with_full_finetuning
 from .wrappers.lora import with_lora
@@ -43,6 +44,7 @@ __all__ = [
     "undo",
     "with_chunked_loss",
     "with_fast_experts",
+    "with_fast_linears",
     "with_flash_attention",
     "with_full_finetuning",
     "with_lora",

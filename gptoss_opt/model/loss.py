@@ -21,6 +21,7 @@ from ..core import Journal
 from ..core.journal import ClassForward
 from ..distributed import attributes
 from ..kernels.loss import Vocabulary, chunked_cross_entropy
+from .linears import without_faster
 from .modules import decoder_path, path_of_head
 from .training import ARGUMENTS
 
@@ -204,7 +205,11 @@ loss_and_logits: Callable[[Asked, nn.Module, Callable[..., Tensor], Tensor], Los
 
 def _as_function(head: Any, inner: Callable[..., Tensor]) -> tuple[Callable[..., Tensor] | None, list[Tensor]]:
     """A head as a function of rows and weights, None for a plain product, and the weights."""
-    if isinstance(inner, ClassForward) and type(head).forward is nn.Linear.forward and head.bias is None:
+    if (
+        isinstance(without_faster(inner), ClassForward)
+        and type(head).forward is nn.Linear.forward
+        and head.bias is None
+    ):
         return None, [_plain("weight", head.weight)]
     held = _trained(head) if torch.is_grad_enabled() else []
 

@@ -41,6 +41,7 @@ PUBLIC = {
     "undo",
     "with_chunked_loss",
     "with_fast_experts",
+    "with_fast_linears",
     "with_flash_attention",
     "with_full_finetuning",
     "with_lora",

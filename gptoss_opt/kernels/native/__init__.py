@@ -45,6 +45,16 @@ class PagedArguments(ctypes.Structure):
     )
 
 
+class LinearArguments(ctypes.Structure):
+    """The arguments of a linear layer as the library takes them, by addresses: see linear.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("x", "weights", "bias", "out")),
+        *((name, _LONG) for name in ("num_rows", "rows", "length")),
+        ("half", _INT),
+    )
+
+
 class LowRankArguments(ctypes.Structure):
     """The arguments of low-rank products as the library takes them, by addresses: see low_rank.h."""
 
@@ -107,6 +117,7 @@ def _load(path: str) -> Library:
     functions.gptoss_swiglu.argtypes = [_INT, _INT, *[_P] * 3, _LONG, *[_DOUBLE] * 2, _P, _INT]
     functions.gptoss_unpack.argtypes = [_INT, *[_P] * 3, _LONG, _P, _INT]
     functions.gptoss_paged_attention.argtypes = [_INT, ctypes.POINTER(PagedArguments), _LONG, _P, _INT]
+    functions.gptoss_linear.argtypes = [_INT, ctypes.POINTER(LinearArguments), _P, _INT]
     functions.gptoss_low_rank.argtypes = [_INT, _INT, ctypes.POINTER(LowRankArguments), _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
     return Library(functions, functions.gptoss_init(), _fork_join())

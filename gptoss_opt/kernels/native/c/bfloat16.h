@@ -1,6 +1,7 @@
 /* Products of bfloat16 with packed or dense weights, on AVX-512 BF16 and VBMI. Sums are in float32. */
 #pragma once
 #include "common.h"
+#include "linear.h"
 
 #define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")))
 #define BF16_INLINE INLINE BF16_TARGET
@@ -328,4 +329,46 @@ BF16_TARGET static void order_rows(const void *arguments, long index, void *scra
         for (long at = 0; at < length; at += BLOCK)
             _mm512_storeu_si512((uint16_t *)g->to + n * length + at, ordered(x + at));
     }
+}
+
+/* ---- linear layers -------------------------------------------------------------------------------------------- */
+
+/* `tokens` rows of x, from the n-th on, times ROWS rows of weights from r on. */
+BF16_INLINE void tile_linear(const int tokens, const Linear *p, long n, long r) {
+    const long length = p->length, whole = length / BLOCK * BLOCK;
+    const uint16_t *x = (const uint16_t *)p->x + n * length;
+    const char *w[ROWS];
+    linear_rows(p, r, w);
+    __m512 sum[TOKENS][ROWS];
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int i = 0; i < ROWS; i++) sum[t][i] = _mm512_setzero_ps();
+    for (long l = 0; l < whole; l += BLOCK) {
+        __m512bh row[ROWS];
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            _mm_prefetch(w[i] + 2 * (ROWS * length + l), _MM_HINT_T0);
+            row[i] = (__m512bh)_mm512_loadu_si512(w[i] + 2 * l);
+        }
+        UNROLL for (int t = 0; t < tokens; t++) {
+            const __m512bh values = (__m512bh)_mm512_loadu_si512(x + t * length + l);
+            UNROLL for (int i = 0; i < ROWS; i++) sum[t][i] = _mm512_dpbf16_ps(sum[t][i], values, row[i]);
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++) {
+        float to[ROWS];
+        _mm_storeu_ps(to, sums(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
+        linear_store(p, 1, n + t, r, w, whole, to);
+    }
+}
+
+/* One unit: some rows of weights, times all rows of x. */
+BF16_TARGET static void linear_bf16(const void *arguments, long index, void *scratch) {
+    (void)scratch;
+    const Linear *p = arguments;
+    const long each = linear_each(p), first = index * each, last = first + each < p->rows ? first + each : p->rows;
+    const long tiles = (p->num_rows + TOKENS - 1) / TOKENS;
+    for (long r = first; r < last; r += ROWS)
+        for (long tile = 0, n = 0, tokens; tile < tiles; tile++, n += tokens) {
+            tokens = (p->num_rows - n + tiles - tile - 1) / (tiles - tile);
+#define LINEAR(T) tile_linear(T, p, n, r)
+            CASES(tokens, LINEAR)
+        }
 }

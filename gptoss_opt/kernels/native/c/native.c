@@ -7,6 +7,7 @@
 #include "common.h"
 #include "float32.h"
 #include "format.h"
+#include "linear.h"
 #include "low_rank.h"
 #include "paged.h"
 #include "routes.h"
@@ -35,7 +36,7 @@ int gptoss_init(void) {
     return PLAIN;
 }
 
-#define FOR_TARGET(name, target)                                                                             \
+#define FOR_TARGET(name, width, target)                                                                             \
     target static void dot_##name(const void *p, long index, void *scratch) { dot_f32(p, index, scratch); }  \
     target static void columns_##name(const void *p, long index, void *scratch) {                            \
         columns_f32(p, index, scratch);                                                                      \
@@ -63,12 +64,16 @@ int gptoss_init(void) {
         (void)scratch;                                                                                       \
         low_rank_sums_unit(p, index);                                                                        \
     }                                                                                                        \
+    target static void linear_##name(const void *p, long index, void *scratch) {                             \
+        (void)scratch;                                                                                       \
+        linear_unit_##width(p, index);                                                                       \
+    }                                                                                                        \
     target static void paged_##name(const void *p, long index, void *scratch) { paged_unit(p, index, scratch); }
 
-FOR_TARGET(plain, )
+FOR_TARGET(plain, 8, )
 #if X86
-FOR_TARGET(avx2, __attribute__((target("avx2,fma"))))
-FOR_TARGET(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))))
+FOR_TARGET(avx2, 8, __attribute__((target("avx2,fma"))))
+FOR_TARGET(avx512, 16, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))))
 #endif
 
 enum { HUGE = 1 << 21 }; /* bytes of a huge page */
@@ -76,23 +81,23 @@ enum { HUGE = 1 << 21 }; /* bytes of a huge page */
 typedef void (*unit_fn)(const void *, long, void *);
 
 typedef struct {
-    unit_fn dot, columns, activation, pack, combine, paged, rank_in, rank_out, rank_sums;
+    unit_fn dot, columns, linear, activation, pack, combine, paged, rank_in, rank_out, rank_sums;
 } Implementation;
 
-#define IMPLEMENTATION(dot, columns, name)                                                                         \
-    (Implementation) {                                                                                             \
-        dot, columns, activation_##name, pack_##name, combine_##name, paged_##name, rank_in_##name, rank_out_##name, \
-            rank_sums_##name                                                                                       \
+#define IMPLEMENTATION(dot, columns, linear, name)                                                                   \
+    (Implementation) {                                                                                               \
+        dot, columns, linear, activation_##name, pack_##name, combine_##name, paged_##name, rank_in_##name,          \
+            rank_out_##name, rank_sums_##name                                                                        \
     }
 
 static Implementation implementation(int which) {
     switch (which) {
 #if X86
-    case AVX512_BF16: return IMPLEMENTATION(dot_bf16, columns_bf16, avx512);
-    case AVX512: return IMPLEMENTATION(dot_avx512, columns_avx512, avx512);
-    case AVX2: return IMPLEMENTATION(dot_avx2, columns_avx2, avx2);
+    case AVX512_BF16: return IMPLEMENTATION(dot_bf16, columns_bf16, linear_bf16, avx512);
+    case AVX512: return IMPLEMENTATION(dot_avx512, columns_avx512, linear_avx512, avx512);
+    case AVX2: return IMPLEMENTATION(dot_avx2, columns_avx2, linear_avx2, avx2);
 #endif
-    default: return IMPLEMENTATION(dot_plain, columns_plain, plain);
+    default: return IMPLEMENTATION(dot_plain, columns_plain, linear_plain, plain);
     }
 }
 
@@ -248,6 +253,14 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
     if (!status) status = run_units(&team, implementation(which).combine, &c, num_tokens);
     free(rows);
     return status;
+}
+
+/* A linear layer; bfloat16 (`half`) is multiplied as such on AVX512_BF16. Returns 0. */
+int gptoss_linear(int which, const Linear *linear, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    const long each = linear_each(linear);
+    const unit_fn unit = implementation(linear->half || which != AVX512_BF16 ? which : AVX512).linear;
+    return run_units(&team, unit, linear, (linear->rows + each - 1) / each);
 }
 
 enum { RANK_IN, RANK_OUT, RANK_SUMS };

@@ -1,0 +1,47 @@
+/* Linear layers of few rows: y[n, r] = sum_l x[n, l] W[r, l] + bias[r]. What takes the time is to read W, once. */
+#pragma once
+#include "common.h"
+
+typedef struct {
+    const void *x, *weights, *bias; /* bias may be NULL */
+    void *y;
+    long num_rows, rows, length; /* of x and y; of the weights; of a row of them */
+    int half;                    /* all are bfloat16, or float32 */
+} Linear;
+
+enum { LINEAR_BYTES = 1 << 17 }; /* weights in a unit of work, about */
+
+/* Rows of weights in a unit of work: whole strips of ROWS. */
+INLINE long linear_each(const Linear *p) {
+    const long fitting = LINEAR_BYTES / (p->length * (p->half ? 2 : 4)) / ROWS * ROWS;
+    return fitting < ROWS ? ROWS : fitting;
+}
+
+/* Where rows of weights begin, from r on; past the last one, that again. */
+INLINE void linear_rows(const Linear *p, long r, const char *w[ROWS]) {
+    const long bytes = p->length * (p->half ? 2 : 4);
+    for (int i = 0; i < ROWS; i++) w[i] = (const char *)p->weights + (r + i < p->rows ? r + i : p->rows - 1) * bytes;
+}
+
+/* y[n, r..r + ROWS] from sums over the first `done` of each row. */
+INLINE void linear_store(const Linear *p, const int half, long n, long r, const char *w[ROWS], long done,
+                         const float sums[ROWS]) {
+    for (int i = 0; i < ROWS && r + i < p->rows; i++) {
+        float total = sums[i] + (p->bias ? load(p->bias, r + i, half) : 0);
+        for (long l = done; l < p->length; l++) total += load(w[i], l, half) * load(p->x, n * p->length + l, half);
+        store(p->y, n * p->rows + r + i, half, total);
+    }
+}
+
+/* For processors whose registers hold 256 bits or less, and for those of 512. */
+#define WIDTH 8
+#define TOKENS_AT_A_TIME 3
+#define NAMED(name) name##_8
+#include "linear_tiles.h"
+#undef WIDTH
+#undef TOKENS_AT_A_TIME
+#undef NAMED
+#define WIDTH 16
+#define TOKENS_AT_A_TIME 6
+#define NAMED(name) name##_16
+#include "linear_tiles.h"
