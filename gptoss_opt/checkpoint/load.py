@@ -18,6 +18,7 @@ from ..core.apply import apply
 from ..core.resolve import confer
 from ..model.build import GENERATION, build, read_generation_config
 from .folder import CONFIG, Checkpoint
+from .mapped import MappedFiles, watch
 from .reader import CheckpointError
 from .weights import Weights
 
@@ -29,6 +30,7 @@ def load(
     *wrappers: Wrapper | Stack,
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | str = torch.bfloat16,
+    memory_map: bool = False,
 ) -> GptOssForCausalLM:
     """Load a GPT-OSS checkpoint with its wrappers. Equal, bit for bit, to `from_pretrained` and then the wrappers.
 
@@ -43,6 +45,9 @@ def load(
         device: where the weights go; the CPU if it is left out.
         dtype: of all weights that are not packed: bfloat16, float32 or float64, also by name; "auto" is what
             config.json says, else what the first floating point tensor of the files is.
+        memory_map: let weights that stay as they are in the files point into them, on a CPU: they are there at once,
+            shared with other processes, and dropped instead of swapped where memory is short. The files must be left
+            alone as long as the model is there; a forward after they were changed is a `CheckpointError`.
 
     Returns:
         The model, in eval mode: of the class that `architectures` in config.json names, by default GptOssForCausalLM.
@@ -50,7 +55,7 @@ def load(
     Raises:
         CheckpointError: a file is missing, damaged, or does not hold what the model needs. Names file and key.
         CompatibilityError: the wrappers cannot stand together, or not on this model.
-        ValueError: another dtype, or a device that is not there.
+        ValueError: another dtype, a device that is not there, or `memory_map` on one that is not a CPU.
 
     Example:
         >>> model = load(path, with_mxfp4_experts(), with_flash_attention())
@@ -68,14 +73,19 @@ def load(
         checkpoint = Checkpoint.open(path_or_id)
         _check_quantization(checkpoint)
         kind = _dtype_of(checkpoint) if dtype == "auto" else cast(torch.dtype, named)
-        model = _built(checkpoint, _usable("cpu" if device is None else device), kind)
-        weights = Weights.of(checkpoint, model)
+        place = _usable("cpu" if device is None else device)
+        if memory_map and place.type != "cpu":
+            raise ValueError(f"load: memory_map=True points into files, and the weights go to {place}. Leave it out.")
+        model = _built(checkpoint, place, kind)
+        weights = replace(Weights.of(checkpoint, model), mapped=MappedFiles() if memory_map else None)
     except Exception as error:
         # The other processes are about to agree on the stack, and this one has no model to apply it to.
         confer(stack.wrappers, None, [f"{type(error).__name__}: {error}"])
         raise
     with tqdm(desc="loading", unit="B", unit_scale=True, delay=1) as bar:
         apply(model, stack.wrappers, replace(weights, bar=bar))
+    if weights.mapped is not None:
+        watch(model, weights.mapped)
     return cast(GptOssForCausalLM, model)
 
 

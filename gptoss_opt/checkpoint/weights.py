@@ -15,6 +15,7 @@ from ..kernels import memory
 from ..kernels.mxfp4 import BLOCK
 from ..layout import DENSE, MXFP4, STORAGES, Form, Part, Stored
 from .folder import Checkpoint
+from .mapped import MappedFiles
 from .reader import CheckpointError, TensorInfo
 
 Index = Mapping[int, Part]
@@ -31,12 +32,14 @@ class Weights:
         model: what they are for.
         packed: the parameters that the checkpoint holds as MXFP4.
         bar: shows how many of their bytes have been read.
+        mapped: where tensors are mapped that stay as they are in the files; None reads all.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
     packed: frozenset[str]
     bar: Any = None
+    mapped: MappedFiles | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module) -> Weights:
@@ -66,9 +69,13 @@ class Weights:
             self.bar.total += sum(round(size * math.prod(shares)) for size in sizes)
 
     def read(self, key: str, index: Index) -> Tensor:
-        """A tensor of the checkpoint, or a slice of it, in memory of its own."""
+        """A tensor of the checkpoint, or a slice of it: mapped where that can be, else in memory of its own."""
         info = self.checkpoint.tensors[key]
         parts = _parts(info, index)
+        mapped = None if self.mapped is None else self.mapped.tensor(info, parts)
+        if mapped is not None:
+            self.bar.update(mapped.nbytes)
+            return mapped
         out = memory.empty([len(part) for part in parts], info.dtype)
         first, *rest = parts
         bounds = [slice(part.start, part.stop) for part in rest if isinstance(part, range)]

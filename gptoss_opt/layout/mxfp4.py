@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import memory
 from ..kernels.codes import Codes
-from ..kernels.mxfp4 import BLOCK, pack, unpack
+from ..kernels.mxfp4 import BLOCK, pack_columns, unpack
 from .storage import STORAGES, Sliced, Split, Storage, Stored
 
 
@@ -36,12 +36,8 @@ class Mxfp4(Storage):
         scales = memory.empty(shape, torch.uint8, dense.device)
         signal = noise = 0.0
         for e in range(num_experts):
-            rows = dense[e].T
-            blocks[e], scales[e] = pack(rows)
-            exact = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-            error = exact - unpack(blocks[e], scales[e], exact.dtype)
-            signal += float(exact.square().sum(dtype=torch.float64))
-            noise += float(error.square().sum(dtype=torch.float64))
+            of_values, of_errors = pack_columns(dense[e], blocks[e], scales[e])
+            signal, noise = signal + of_values, noise + of_errors
         sqnr = 10 * math.log10(signal / noise) if noise else math.inf
         return Stored({"_blocks": blocks, "_scales": scales}, sqnr)
 

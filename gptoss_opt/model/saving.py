@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from ..layout import DENSE, MXFP4, STORAGES, Held
 
 SAVING = "saving"
 """A slot of a model: see `Wrapper`."""
+
+MAPPED = "_gptoss_opt_mapped_files"
+"""An attribute of a model whose weights are mapped from files: a mapping from their paths."""
 
 QUANTIZATION_CONFIG = {
     "quant_method": "mxfp4",
@@ -37,6 +41,7 @@ def save_pretrained(
     Packed experts are written as in the released checkpoints, what a wrapper stores in a way of its own is written
     dense, and all else as it is, under its own name, whatever transformers did to it when it loaded the model.
     """
+    refuse_mapped(model, save_directory)
     journal, odd = Journal(), _stored_otherwise(model)
     if odd:
         state_dict = _dense(odd, model.state_dict() if state_dict is None else state_dict)
@@ -47,6 +52,16 @@ def save_pretrained(
         return type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **options)
     finally:
         journal.undo(model)
+
+
+def refuse_mapped(model: nn.Module, save_directory: Any) -> None:
+    """Raise `ValueError` if a model is to be saved over the very files that its weights are mapped from."""
+    folders = {file.parent.resolve() for file in model.__dict__.get(MAPPED, ())}
+    if Path(save_directory).resolve() in folders:
+        raise ValueError(
+            f"save_pretrained({str(save_directory)!r}): the weights are mapped from files there (memory_map=True), "
+            "which writing would change under them. Save to another folder, or load without memory_map."
+        )
 
 
 def config_to_save(model: Any, *, packed: bool | None = None) -> Any:

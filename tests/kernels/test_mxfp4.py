@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptoss_opt.kernels import memory, native
-from gptoss_opt.kernels.mxfp4 import BLOCK, FP4_VALUES, pack, sqnr, unpack
+from gptoss_opt.kernels.mxfp4 import BLOCK, FP4_VALUES, pack, pack_columns, sqnr, unpack
 from gptoss_opt.kernels.mxfp4 import format as plain
 
 WIDE = [torch.float32, torch.bfloat16, torch.float64]
@@ -295,3 +295,55 @@ def test_memory_for_large_weights() -> None:
         assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
         assert (tensor.zero_() == 0).all()
     assert memory.empty((2,), torch.float32, "meta").device.type == "meta"
+
+
+DENSE = {
+    "normal": lambda shape: torch.randn(shape),
+    "next to nothing": lambda shape: torch.randn(shape) * 1e-38,
+    "huge": lambda shape: torch.randn(shape) * 1e37,
+    "zeros of both signs": lambda shape: torch.randn(shape) * 0,
+    "of all sizes": lambda shape: torch.randn(shape) * torch.exp2(torch.randint(-120, 100, shape).float()),
+    "midpoints": lambda shape: torch.randint(-28, 29, shape) / 4,
+}
+
+
+def sets_of(dtype: torch.dtype) -> list[int | None]:
+    return [*range(native.library().best + 1)] if native.why_not("cpu", dtype) is None else [None]
+
+
+@pytest.mark.parametrize("shape", [(32, 1), (64, 7), (96, 16), (64, 130), (320, 64)], ids=str)
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_columns_are_packed_as_rows_are(dtype: torch.dtype, kind: str, shape: tuple[int, int]) -> None:
+    dense = DENSE[kind](shape).to(dtype)
+    expected = plain.pack(dense.T)
+    exact = dense.T.double()
+    signal, noise = exact.square().sum(), (exact - unpack(*expected, torch.float64)).square().sum()
+    for which in sets_of(dtype):
+        blocks, scales = (torch.full_like(one, 7) for one in map(Tensor.contiguous, expected))
+        found = pack_columns(dense, blocks, scales, instruction_set=which)
+        assert torch.equal(blocks, expected[0])
+        assert torch.equal(scales, expected[1])
+        if kind in ("normal", "midpoints"):
+            torch.testing.assert_close(torch.tensor(found).double(), torch.stack([signal, noise]), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_columns_that_cannot_be_packed(dtype: torch.dtype, bad: float) -> None:
+    for place in ((0, 0), (63, 69), (40, 65)):
+        dense = torch.randn(64, 70).to(dtype)
+        dense[place] = bad
+        blocks, scales = torch.empty(70, 2, 16, dtype=torch.uint8), torch.empty(70, 2, dtype=torch.uint8)
+        with pytest.raises(ValueError, match="an infinity or a NaN"):
+            pack_columns(dense, blocks, scales)
+
+
+def test_columns_that_lie_apart() -> None:
+    dense = torch.randn(40, 64).T[:, ::2]
+    expected = plain.pack(dense.T)
+    blocks, scales = map(torch.empty_like, map(Tensor.contiguous, expected))
+    pack_columns(dense, blocks, scales)
+    assert torch.equal(blocks, expected[0])
+    with pytest.raises(ValueError, match="blocks"):
+        pack_columns(dense, blocks[:3], scales)

@@ -9,6 +9,9 @@ from .. import native
 from ..gate import admit
 from . import format as plain
 
+STRIP = 64
+"""How many columns `pack_columns` gives a sum for: see format.h."""
+
 
 def pack(dense: Tensor) -> tuple[Tensor, Tensor]:
     """`format.pack`: rows [..., K] to blocks [..., K / 32, 16] and scales [..., K / 32]."""
@@ -23,6 +26,47 @@ def pack(dense: Tensor) -> tuple[Tensor, Tensor]:
     failed = functions.gptoss_pack(best, half, *there, scales.numel(), parallel, num_threads)
     # What is not finite is refused in one place.
     return plain.pack(dense) if failed else (blocks, scales)
+
+
+def pack_columns(
+    dense: Tensor, blocks: Tensor, scales: Tensor, *, instruction_set: int | None = None
+) -> tuple[float, float]:
+    """Quantise weights `[in, out]` along their first dimension, in one pass: `pack(dense.T)`.
+
+    Args:
+        dense: `[in, out]`, floating point, `in` a multiple of 32.
+        blocks: uint8 `[out, in / 32, 16]`, contiguous, to write to.
+        scales: uint8 `[out, in / 32]`, likewise.
+        instruction_set: an index of `INSTRUCTION_SETS`, by default the best that this CPU has.
+
+    Returns:
+        The sum of the squares of all values, and that of their errors.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    num_in, num_out = dense.shape
+    by_native = native.why_not(dense.device.type, dense.dtype) is None and num_in % plain.BLOCK == 0
+    if by_native:
+        functions, best, parallel = native.library()
+        which = best if instruction_set is None else instruction_set
+        values = admit("weights", dense.detach(), dense.dtype, dense.shape)
+        shape = (num_out, num_in // plain.BLOCK)
+        to = admit("blocks", blocks, torch.uint8, (*shape, plain.BLOCK // 2), strided=False)
+        sums = torch.empty(-(-num_out // STRIP), 2, dtype=torch.float64)
+        there = map(Tensor.data_ptr, (values, to, admit("scales", scales, torch.uint8, shape, strided=False), sums))
+        half, num_threads = dense.dtype == torch.bfloat16, torch.get_num_threads()
+        if not functions.gptoss_pack_columns(which, half, *there, num_in, num_out, parallel, num_threads):
+            signal, noise = sums.sum(0).tolist()
+            return signal, noise
+    rows = dense.T
+    found = plain.pack(rows)
+    blocks.copy_(found[0])
+    scales.copy_(found[1])
+    exact = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    error = exact - unpack(blocks, scales, exact.dtype)
+    signal, noise = (float(x.square().sum(dtype=torch.float64)) for x in (exact, error))
+    return signal, noise
 
 
 def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

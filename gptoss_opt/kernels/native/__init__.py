@@ -120,6 +120,7 @@ def _load(path: str) -> Library:
     functions.gptoss_linear.argtypes = [_INT, ctypes.POINTER(LinearArguments), _P, _INT]
     functions.gptoss_low_rank.argtypes = [_INT, _INT, ctypes.POINTER(LowRankArguments), _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
+    functions.gptoss_pack_columns.argtypes = [_INT, _INT, *[_P] * 4, _LONG, _LONG, _P, _INT]
     return Library(functions, functions.gptoss_init(), _fork_join())
 
 

@@ -80,3 +80,96 @@ INLINE void pack_unit(const Formatting *f, long index) {
     const long first = index * FORMATTED, last = first + FORMATTED < f->num_blocks ? first + FORMATTED : f->num_blocks;
     for (long b = first; b < last; b++) f->half ? pack_block(f, b, 1) : pack_block(f, b, 0);
 }
+
+/* ---- dense weights [rows, length] packed along their rows: blocks [length, rows / 32, 16] ----------------------- */
+
+typedef float Columns __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+enum { ACROSS = 16, STRIP = 64 }; /* columns in a vector, and in a unit of work */
+
+typedef struct {
+    const void *from;
+    uint8_t *blocks, *scales;
+    double *sums; /* for each unit, the sums of the squares of its values and of their errors */
+    long rows, length;
+    int half;
+    atomic_int *not_finite;
+} Packing;
+
+#define CHOSEN(mask, a, b) (((mask) & (a)) | (~(mask) & (b)))
+
+/* 2^exponent in two steps, as neither end of the range is a normal number. */
+INLINE void powers(const Integers *exponent, Columns *one, Columns *other) {
+    const Integers first = *exponent >> 1;
+    *one = (Columns)((127 + first) << 23);
+    *other = (Columns)((127 + *exponent - first) << 23);
+}
+
+/* The block of `count` columns from `column` on, of rows 32 b to 32 b + 31; the same as pack_block. */
+INLINE void pack_columns(const Packing *p, long b, long column, long count, double sums[2]) {
+    Columns values[BLOCK];
+    Integers largest = {0};
+    for (int i = 0; i < BLOCK; i++) {
+        const long at = (b * BLOCK + i) * p->length + column;
+        if (count < ACROSS) {
+            values[i] = (Columns){0};
+            for (long c = 0; c < count; c++) values[i][c] = load(p->from, at + c, p->half);
+        } else if (p->half) {
+            const Halves half = *(const Halves *)((const uint16_t *)p->from + at);
+            values[i] = (Columns)(__builtin_convertvector(half, Integers) << 16);
+        } else
+            values[i] = *(const Columns *)((const float *)p->from + at);
+        const Integers magnitude = (Integers)values[i] & 0x7fffffff;
+        largest = CHOSEN(magnitude > largest, magnitude, largest);
+    }
+    for (int c = 0; c < ACROSS; c++)
+        if (largest[c] >= 0x7f800000) atomic_store(p->not_finite, 1);
+    Integers scale = (largest >> 23) - 2;
+    scale &= ~(scale < 0);
+    const Integers up = 127 - scale, down = scale - 128; /* quantised values come as twice what they are */
+    Columns by_one, by_other, back, and_back, signal = {0}, noise = {0};
+    powers(&up, &by_one, &by_other);
+    powers(&down, &back, &and_back);
+    const float even = 12582912.0f; /* adding it rounds to an integer, ties to even */
+    uint8_t bytes[BYTES][ACROSS];
+    for (int i = 0; i < BYTES; i++) {
+        Integers codes[2];
+        UNROLL for (int k = 0; k < 2; k++) {
+            const Columns value = values[2 * i + k], size = (Columns)((Integers)value & 0x7fffffff);
+            const Columns m = size * by_one * by_other;
+            const Columns below_two = (m * 2 + even) - even, below_four = (m + even) - even + 2;
+            const Columns above = (m * 0.5f + even) - even + 4;
+            const Integers chosen = CHOSEN(m < 2, (Integers)below_two, CHOSEN(m < 4, (Integers)below_four, (Integers)above));
+            Integers code = __builtin_convertvector((Columns)chosen, Integers);
+            code = CHOSEN(code > 7, 7, code);
+            /* Twice the value of a code, 0 1 2 3 4 6 8 12, in a few steps. */
+            const Integers twice = CHOSEN(code < 4, code, CHOSEN(code < 6, 2 * code - 4, 4 * code - 16));
+            const Columns error = size - __builtin_convertvector(twice, Columns) * back * and_back;
+            signal += size * size;
+            noise += error * error;
+            codes[k] = code | (((Integers)value >> 28) & 8);
+        }
+        const Integers both = codes[0] | codes[1] << 4;
+        for (int c = 0; c < ACROSS; c++) bytes[i][c] = (uint8_t)both[c];
+    }
+    const long blocks = p->rows / BLOCK;
+    for (long c = 0; c < count; c++) {
+        uint8_t *to = p->blocks + ((column + c) * blocks + b) * BYTES;
+        for (int i = 0; i < BYTES; i++) to[i] = bytes[i][c];
+        p->scales[(column + c) * blocks + b] = (uint8_t)scale[c];
+    }
+    for (int c = 0; c < ACROSS; c++) {
+        sums[0] += signal[c];
+        sums[1] += noise[c];
+    }
+}
+
+INLINE void pack_columns_unit(const Packing *p, long index) {
+    const long first = index * STRIP, last = first + STRIP < p->length ? first + STRIP : p->length;
+    double *sums = p->sums + 2 * index;
+    sums[0] = sums[1] = 0;
+    for (long b = 0; b < p->rows / BLOCK; b++)
+        for (long column = first; column < last; column += ACROSS)
+            pack_columns(p, b, column, last - column < ACROSS ? last - column : ACROSS, sums);
+}

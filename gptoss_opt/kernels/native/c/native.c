@@ -49,6 +49,10 @@ int gptoss_init(void) {
         (void)scratch;                                                                                       \
         pack_unit(f, index);                                                                                 \
     }                                                                                                        \
+    target static void pack_columns_##name(const void *p, long index, void *scratch) {                       \
+        (void)scratch;                                                                                       \
+        pack_columns_unit(p, index);                                                                         \
+    }                                                                                                        \
     target static void combine_##name(const void *c, long index, void *scratch) {                            \
         (void)scratch;                                                                                       \
         combine_unit(c, index);                                                                              \
@@ -81,13 +85,13 @@ enum { HUGE = 1 << 21 }; /* bytes of a huge page */
 typedef void (*unit_fn)(const void *, long, void *);
 
 typedef struct {
-    unit_fn dot, columns, linear, activation, pack, combine, paged, rank_in, rank_out, rank_sums;
+    unit_fn dot, columns, linear, activation, pack, pack_columns, combine, paged, rank_in, rank_out, rank_sums;
 } Implementation;
 
 #define IMPLEMENTATION(dot, columns, linear, name)                                                                   \
     (Implementation) {                                                                                               \
-        dot, columns, linear, activation_##name, pack_##name, combine_##name, paged_##name, rank_in_##name,          \
-            rank_out_##name, rank_sums_##name                                                                        \
+        dot, columns, linear, activation_##name, pack_##name, pack_columns_##name, combine_##name, paged_##name,      \
+            rank_in_##name, rank_out_##name, rank_sums_##name                                                                        \
     }
 
 static Implementation implementation(int which) {
@@ -133,6 +137,17 @@ int gptoss_pack(int which, int half, const void *from, uint8_t *blocks, uint8_t 
     const Formatting f = {.from = from, .to_blocks = blocks, .to_scales = scales, .num_blocks = num_blocks, .half = half,
                           .not_finite = &not_finite};
     const int status = run_units(&team, implementation(which).pack, &f, (num_blocks + FORMATTED - 1) / FORMATTED);
+    return status ? status : atomic_load(&not_finite);
+}
+
+/* Dense weights [rows, length] packed along their rows: blocks [length, rows / 32, 16]. `sums` gets two numbers for each
+ * STRIP columns: the sums of the squares of the values and of their errors. Returns 0, or 1 if a value is not finite. */
+int gptoss_pack_columns(int which, int half, const void *from, uint8_t *blocks, uint8_t *scales, double *sums, long rows,
+                        long length, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    atomic_int not_finite = 0;
+    const Packing p = {from, blocks, scales, sums, rows, length, half, &not_finite};
+    const int status = run_units(&team, implementation(which).pack_columns, &p, (length + STRIP - 1) / STRIP);
     return status ? status : atomic_load(&not_finite);
 }
 
