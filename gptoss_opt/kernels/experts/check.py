@@ -25,15 +25,17 @@ def check(
     """Raise `ValueError` unless tokens, routes and weights fit each other and lie on one device."""
     num_experts, hidden, pairs = gate_up.shape
     routes = (x.shape[0], indices.shape[-1])
-    expected = (
+    expected = [
         ("hidden_states", x, (x.shape[0], hidden)),
         ("router_indices", indices, routes),
         ("routing_weights", routing_weights, routes),
         *_weights("gate_up_proj", gate_up, num_experts, hidden, pairs),
         *_weights("down_proj", down, num_experts, pairs // 2, hidden),
-        *_factors("gate_up_proj", changes[0], num_experts, hidden, pairs),
-        *_factors("down_proj", changes[1], num_experts, pairs // 2, hidden),
-    )
+    ]
+    if changes[0] is not None:
+        expected += _factors("gate_up_proj", changes[0], num_experts, hidden, pairs)
+    if changes[1] is not None:
+        expected += _factors("down_proj", changes[1], num_experts, pairs // 2, hidden)
     for name, tensor, shape in expected:
         if tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, and must be {list(shape)} here.")
@@ -55,8 +57,7 @@ def _weights(name: str, weights: ExpertWeights, num_experts: int, num_in: int, n
         yield f"{name}_bias", weights.bias, (num_experts, num_out)
 
 
-def _factors(name: str, change: LowRank | None, num_experts: int, num_in: int, num_out: int) -> Iterator[Expected]:
-    if change is not None:
-        rank = change.a.shape[1]
-        yield f"{name}_lora_A", change.a, (num_experts, rank, num_in)
-        yield f"{name}_lora_B", change.b, (num_experts, num_out, rank)
+def _factors(name: str, change: LowRank, num_experts: int, num_in: int, num_out: int) -> Iterator[Expected]:
+    rank = change.a.shape[1]
+    yield f"{name}_lora_A", change.a, (num_experts, rank, num_in)
+    yield f"{name}_lora_B", change.b, (num_experts, num_out, rank)
