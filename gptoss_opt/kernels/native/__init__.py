@@ -20,8 +20,11 @@ from torch import Tensor
 
 MODULE = "gptoss_opt.kernels.native._native"
 DTYPES = (torch.bfloat16, torch.float32)
-INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16")
-BFLOAT16 = len(INSTRUCTION_SETS) - 1
+INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
+BFLOAT16 = INSTRUCTION_SETS.index("AVX-512 BF16")
+"""The first that multiplies bfloat16."""
+TILE_ROWS = 16
+"""AMX takes rows in tiles of so many; room for them is needed for each expert."""
 
 _P, _INT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...gate import admit
 from ...mxfp4 import BLOCK
-from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, Matrices, library, why_not
+from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, TILE_ROWS, Matrices, library, why_not
 from ...tracing import needs_operator
 from ..clamp import edge
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights
@@ -98,7 +98,7 @@ class NativeDense(Native):
         if reason := why_not(request.device_type, request.dtype):
             return reason
         best = library().best
-        if request.dtype != torch.bfloat16 or best != BFLOAT16:
+        if request.dtype != torch.bfloat16 or best < BFLOAT16:
             which = f"in bfloat16 on {INSTRUCTION_SETS[BFLOAT16]}"
             return f"takes dense weights {which}; this is {request.dtype} on {INSTRUCTION_SETS[best]}"
         if odd := [size for size in request.sizes if size % BLOCK]:
@@ -110,7 +110,7 @@ NATIVE, NATIVE_DENSE = Native(), NativeDense()
 
 
 def _dtype(x: Tensor, *projections: ExpertWeights, which: int) -> torch.dtype:
-    """What is multiplied for rows of `x`. Only the last of the instruction sets multiplies bfloat16."""
+    """What is multiplied for rows of `x`. Only the last of the instruction sets multiply bfloat16."""
     if x.dtype not in DTYPES or x.device.type != "cpu":
         problem = f"the native library {why_not(x.device.type, x.dtype)}"
         raise ValueError(f"{problem}: moved or cast after it was wrapped. Apply the wrapper again: it chooses anew.")
@@ -123,12 +123,12 @@ def _dtype(x: Tensor, *projections: ExpertWeights, which: int) -> torch.dtype:
                 f"the native library takes {wanted} weights on cpu, and these are {values.dtype} on {values.device}: "
                 "moved or cast after they were wrapped. Apply the wrapper again: it chooses anew."
             )
-        if dense and (which != BFLOAT16 or x.dtype != torch.bfloat16):
+        if dense and (which < BFLOAT16 or x.dtype != torch.bfloat16):
             raise ValueError(
                 f"the native library multiplies dense weights in bfloat16 on {INSTRUCTION_SETS[BFLOAT16]}, not rows of "
                 f"{x.dtype} on {INSTRUCTION_SETS[which]}. Apply the wrapper again: it chooses anew."
             )
-    return x.dtype if which == BFLOAT16 else torch.float32
+    return x.dtype if which >= BFLOAT16 else torch.float32
 
 
 def _check(status: int) -> None:
@@ -174,10 +174,13 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     matrices = _matrices("weights", weights, None if backward else weights.bias, dtype, weights.shape)
     y = rows.new_empty(x.shape[0], out_width)
     y[int(offsets[-1]) :] = 0
-    room = torch.empty_like(rows) if half and packed and not backward else None
+    columns, by_tiles = packed == backward, INSTRUCTION_SETS[which] == "AMX"
+    room = None
+    if half and not columns and (packed or by_tiles):  # the library puts rows in another order, with tiles that overlap
+        room = rows.new_empty(len(rows) + (TILE_ROWS * num_experts if by_tiles else 0), width)
     status = functions.gptoss_product(
         which if half else min(which, BFLOAT16 - 1),
-        packed == backward,
+        columns,
         *map(Tensor.data_ptr, (rows, y, offsets)),
         matrices,
         None if room is None else room.data_ptr(),

@@ -167,7 +167,7 @@ BF16_TARGET static void dot_bf16(const void *arguments, long index, void *scratc
             const long tiles = (end - chunk + TOKENS - 1) / TOKENS;
             for (long tile = 0, n = chunk, tokens; tile < tiles; tile++, n += tokens) {
                 tokens = (end - n + tiles - tile - 1) / (tiles - tile);
-                const uint16_t *x = (const uint16_t *)p->x + n * length;
+                const uint16_t *x = (const uint16_t *)p->x + (n - e->begin + e->at) * length;
                 const Target to = {(uint16_t *)p->y + n * p->rows + r, p->rows, count,
                                    e->bias ? (const uint16_t *)e->bias + r : NULL};
 #define DOT_FEW(T) tile_dot_few(T, w, x, length, to)
@@ -318,16 +318,11 @@ BF16_TARGET static void columns_bf16(const void *arguments, long index, void *sc
     }
 }
 
-/* Rows of x in the order of `decode`. */
-BF16_TARGET static void order_rows(const void *arguments, long index, void *scratch) {
-    (void)scratch;
-    const Gathering *g = arguments;
-    const long length = g->length, first = index * GATHERED_ROWS;
-    const long last = first + GATHERED_ROWS < g->num_rows ? first + GATHERED_ROWS : g->num_rows;
-    for (long n = first; n < last; n++) {
-        const uint16_t *x = (const uint16_t *)g->x + row_of(g, n) * length;
-        for (long at = 0; at < length; at += BLOCK)
-            _mm512_storeu_si512((uint16_t *)g->to + n * length + at, ordered(x + at));
+/* `count` rows of x in the order of `decode`. */
+BF16_TARGET static void order_rows(const Gathering *g, long first, long count, uint16_t *to) {
+    for (long n = first; n < first + count; n++, to += g->length) {
+        const uint16_t *x = (const uint16_t *)g->x + row_of(g, n) * g->length;
+        for (long at = 0; at < g->length; at += BLOCK) _mm512_storeu_si512(to + at, ordered(x + at));
     }
 }
 

@@ -14,7 +14,7 @@
 #define UNROLL _Pragma("GCC unroll 32")
 
 enum { BLOCK = 32, BYTES = 16 }; /* values of a block, and the bytes they take when packed */
-enum { PLAIN, AVX2, AVX512, AVX512_BF16 };
+enum { PLAIN, AVX2, AVX512, AVX512_BF16, AMX }; /* from AVX512_BF16 on, bfloat16 is multiplied as such */
 enum { ROWS = 4, GROUP_ROWS = 128 }; /* rows of weights in registers, and in a unit of work */
 
 static const float HALVES[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12}; /* twice each code */
@@ -49,7 +49,8 @@ INLINE void store(void *to, long at, int half, float value) {
 
 /* One expert that has rows of x. Its weights are a matrix [rows, length], packed if there are scales. */
 typedef struct {
-    long begin, end; /* its rows of x */
+    long begin, end; /* its rows of y, and of x where nothing else is said */
+    long at;         /* where x begins that is in the order of `decode`, or in tiles */
     const uint8_t *weights, *scales;
     const void *bias;
 } Expert;

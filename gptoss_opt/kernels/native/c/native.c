@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #endif
 #if X86
+#include "amx.h"
 #include "bfloat16.h"
 #endif
 
@@ -29,8 +30,15 @@ int gptoss_init(void) {
     }
 #if X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") ? AVX512_BF16 : AVX512;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) {
+#if defined(AMX_TARGET)
+            if (tiles_permitted()) return AMX;
+#endif
+            return AVX512_BF16;
+        }
+        return AVX512;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PLAIN;
@@ -97,6 +105,9 @@ typedef struct {
 static Implementation implementation(int which) {
     switch (which) {
 #if X86
+#if defined(AMX_TARGET)
+    case AMX: return IMPLEMENTATION(dot_amx, columns_amx, linear_bf16, avx512);
+#endif
     case AVX512_BF16: return IMPLEMENTATION(dot_bf16, columns_bf16, linear_bf16, avx512);
     case AVX512: return IMPLEMENTATION(dot_avx512, columns_avx512, linear_avx512, avx512);
     case AVX2: return IMPLEMENTATION(dot_avx2, columns_avx2, linear_avx2, avx2);
@@ -105,7 +116,7 @@ static Implementation implementation(int which) {
     }
 }
 
-static size_t item_of(int which) { return which == AVX512_BF16 ? 2 : 4; }
+static size_t item_of(int which) { return which >= AVX512_BF16 ? 2 : 4; }
 
 /* Work that takes no scratch memory. Returns 0. */
 static int run_units(const Team *team, unit_fn unit, const void *arguments, long num_units) {
@@ -152,68 +163,147 @@ int gptoss_pack_columns(int which, int half, const void *from, uint8_t *blocks, 
 }
 
 /* The weights of one projection: [E, rows, length], packed if there are scales, else dense bfloat16, which takes
- * AVX512_BF16. */
+ * AVX512_BF16 or AMX. */
 typedef struct {
     const uint8_t *weights, *scales;
     const void *bias; /* [E, .], as the product gives it, or NULL */
     long rows, length;
 } Matrices;
 
-/* Whether a product takes its rows of x in the order of `decode`. */
-static int takes_order(int which, int columns, const Matrices *m) { return which == AVX512_BF16 && !columns && m->scales; }
+/* Whether a product takes its rows of x otherwise than they are: in the order of `decode` where weights are packed, and on
+ * AMX, of experts that have enough of them, in tiles. */
+static int takes_order(int which, int columns, const Matrices *m) {
+    return !columns && (which == AMX || (which == AVX512_BF16 && m->scales));
+}
+
+/* Rows of x that an expert has, and of the room that they take in that order, where tiles overlap. */
+static long room_of(int which, long count) {
+#if defined(AMX_TARGET)
+    if (which == AMX && count >= TILE) return (count + TILE - 1) / TILE * TILE;
+#else
+    (void)which;
+#endif
+    return count;
+}
 
 /* The products (see Product) of all experts that have rows, `columns` or dot. Returns 0, -1 if there is no memory, or -2
  * for dense weights where they cannot be. */
 static int product(const Team *team, int which, int columns, const void *x, void *y, const int32_t *offsets,
                    const Matrices *m, long num_experts) {
-    if (!m->scales && which != AVX512_BF16) return -2;
+    if (!m->scales && which < AVX512_BF16) return -2;
     const size_t item = item_of(which), values = (size_t)m->rows * m->length;
     const long out = columns ? m->length : m->rows;
     Expert *experts = malloc((size_t)(num_experts ? num_experts : 1) * sizeof *experts);
     if (!experts) return -1;
     long active = 0;
-    for (long e = 0, begin = 0; e < num_experts; begin = offsets[e++])
+    for (long e = 0, begin = 0, at = 0; e < num_experts; at += room_of(which, offsets[e] - begin), begin = offsets[e++])
         if (offsets[e] > begin)
-            experts[active++] = (Expert){begin, offsets[e], m->weights + e * (m->scales ? values / 2 : values * 2),
+            experts[active++] = (Expert){begin, offsets[e], at, m->weights + e * (m->scales ? values / 2 : values * 2),
                                          m->scales ? m->scales + e * values / BLOCK : NULL,
                                          m->bias ? (const char *)m->bias + e * out * item : NULL};
-    long unit = columns ? 1 : GROUP_ROWS, panel = 1;
+    long unit = columns ? 1 : GROUP_ROWS, panel = 1, strip = ROWS;
 #if X86
-    if (which == AVX512_BF16) {
+    if (which >= AVX512_BF16) {
         unit = columns ? GROUP_BLOCKS : GROUP_ROWS;
         panel = PANEL;
     }
+#if defined(AMX_TARGET)
+    if (which == AMX) strip = 2 * TILE;
+#endif
 #endif
     const Product p = {x, y, m->rows, m->length, ((columns ? m->length / BLOCK : m->rows) + unit - 1) / unit, experts};
     Job job = {.unit = columns ? implementation(which).columns : implementation(which).dot,
                .arguments = &p,
                .num_units = active * p.units_each,
-               .scratch_bytes = (columns ? (size_t)(m->rows + 1) * panel * BLOCK : (size_t)ROWS * m->length) * item};
+               .scratch_bytes = (columns ? (size_t)(m->rows + 1) * panel * BLOCK : (size_t)strip * m->length) * item};
     const int status = run(team, &job);
     free(experts);
     return status;
 }
 
-static int gather(const Team *team, int ordered_too, const Gathering *g) {
-    unit_fn unit = gather_rows;
+static int gather(const Team *team, const Gathering *g) {
+    return run_units(team, gather_rows, g, (g->num_rows + GATHERED_ROWS - 1) / GATHERED_ROWS);
+}
+
 #if X86
-    if (ordered_too) unit = order_rows;
-#else
-    (void)ordered_too;
+/* Rows of one expert that are brought into the order of `decode` together. */
+typedef struct {
+    long first, count, to;
+    int tile;
+} Some;
+
+typedef struct {
+    const Gathering *g;
+    const Some *all;
+    int packed; /* whether the weights are: then few rows take the order of `decode` too */
+} Ordering;
+
+static void order_unit(const void *arguments, long index, void *scratch) {
+    (void)scratch;
+    const Ordering *o = arguments;
+    const Some *some = &o->all[index];
+    const long length = o->g->length;
+    uint16_t *to = (uint16_t *)o->g->to + some->to * length;
+#if defined(AMX_TARGET)
+    if (some->tile) {
+        tile_rows(o->g, some->first, to);
+        return;
+    }
 #endif
-    return run_units(team, unit, g, (g->num_rows + GATHERED_ROWS - 1) / GATHERED_ROWS);
+    if (o->packed)
+        order_rows(o->g, some->first, some->count, to);
+    else
+        for (long i = 0; i < some->count; i++)
+            memcpy(to + i * length, (const uint16_t *)o->g->x + row_of(o->g, some->first + i) * length, 2 * length);
+}
+
+/* Gather rows into the order of `decode`: see takes_order. */
+static int order(const Team *team, int which, int packed, const Gathering *g, const int32_t *offsets, long num_experts) {
+    Some *all = malloc((size_t)(num_experts + g->num_rows / 16 + 1) * sizeof *all);
+    if (!all) return -1;
+    long count = 0;
+    for (long e = 0, begin = 0, at = 0; e < num_experts; begin = offsets[e++]) {
+        const long rows = offsets[e] - begin, room = room_of(which, rows);
+#if defined(AMX_TARGET)
+        if (which == AMX && rows >= TILE) {
+            for (long k = 0; k < room / TILE; k++)
+                all[count++] = (Some){begin + tile_at(k, rows), TILE, at + k * TILE, 1};
+            at += room;
+            continue;
+        }
+#endif
+        for (long n = 0; n < rows; n += 16)
+            all[count++] = (Some){begin + n, rows - n < 16 ? rows - n : 16, at + n, 0};
+        at += room;
+    }
+    const Ordering ordering = {g, all, packed};
+    const int status = run_units(team, order_unit, &ordering, count);
+    free(all);
+    return status;
+}
+#endif
+
+/* Gather rows, in the order that a product takes. */
+static int gather_for(const Team *team, int which, int in_order, int packed, const Gathering *g, const int32_t *offsets,
+                      long num_experts) {
+#if X86
+    if (in_order) return order(team, which, packed, g, offsets, num_experts);
+#else
+    (void)which, (void)in_order, (void)packed, (void)offsets, (void)num_experts;
+#endif
+    return gather(team, g);
 }
 
 /* One product. `offsets` [E] say where the rows of each expert end in x; rows of y that belong to no expert are not
- * touched. x, y and bias are bfloat16 if `which` is AVX512_BF16, else float32. `room` holds a copy of x where one in
- * another order is needed. Returns what `product` does. */
+ * touched. x, y and bias are bfloat16 from AVX512_BF16 on, else float32. `room` holds a copy of x where one in
+ * another order is needed, on AMX with 16 rows more for each expert. Returns what `product` does. */
 int gptoss_product(int which, int columns, const void *x, void *y, const int32_t *offsets, const Matrices *weights,
                    void *room, long num_experts, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
     if (takes_order(which, columns, weights) && num_experts) {
         const long num_rows = offsets[num_experts - 1];
         const Gathering g = {.x = x, .to = room, .num_rows = num_rows, .length = weights->length, .item = 2};
-        if (gather(&team, 1, &g)) return -1;
+        if (gather_for(&team, which, 1, weights->scales != NULL, &g, offsets, num_experts)) return -1;
         x = room;
     }
     return product(&team, which, columns, x, y, offsets, weights, num_experts);
@@ -235,12 +325,13 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
                    const Matrices *gate_up, const Matrices *down, void *out, long num_tokens, long top_k,
                    long num_experts, double alpha, double limit, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
-    const int columns = !gate_up->scales, half = which == AVX512_BF16;
+    const int columns = !gate_up->scales, half = which >= AVX512_BF16;
     const long num_routes = num_tokens * top_k, hidden = columns ? gate_up->rows : gate_up->length;
     const long inner = columns ? down->rows : down->length;
     const size_t item = item_of(which);
     /* The rows of x, then what is activated in order; gate and up, then what the experts give; what is activated. */
-    const size_t first = (size_t)num_routes * (hidden > inner ? hidden : inner) * item;
+    const size_t tiled = (size_t)num_routes + (which == AMX ? 16 * (size_t)num_experts : 0);
+    const size_t first = tiled * (hidden > inner ? hidden : inner) * item;
     const size_t second = (size_t)num_routes * (hidden > 2 * inner ? hidden : 2 * inner) * item;
     const size_t third = (size_t)num_routes * inner * item;
     const size_t integers = 2 * (size_t)num_routes * sizeof(long) + (size_t)num_experts * sizeof(int32_t);
@@ -254,13 +345,13 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
     const int in_order = takes_order(which, columns, gate_up);
 
     const Gathering g = {x, rows, order, top_k, used, hidden, item};
-    int status = gather(&team, in_order, &g);
+    int status = gather_for(&team, which, in_order, gate_up->scales != NULL, &g, routes.offsets, num_experts);
     if (!status) status = product(&team, which, columns, rows, pairs, routes.offsets, gate_up, num_experts);
     if (!status)
         status = gptoss_swiglu(which, half, pairs, NULL, activated, used * inner, alpha, limit, parallel, num_threads);
     if (!status && in_order) {
         const Gathering h = {.x = activated, .to = rows, .num_rows = used, .length = inner, .item = item};
-        status = gather(&team, 1, &h);
+        status = gather_for(&team, which, 1, down->scales != NULL, &h, routes.offsets, num_experts);
     }
     if (!status)
         status = product(&team, which, columns, in_order ? rows : activated, pairs, routes.offsets, down, num_experts);
@@ -274,7 +365,7 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
 int gptoss_linear(int which, const Linear *linear, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
     const long each = linear_each(linear);
-    const unit_fn unit = implementation(linear->half || which != AVX512_BF16 ? which : AVX512).linear;
+    const unit_fn unit = implementation(linear->half || which < AVX512_BF16 ? which : AVX512).linear;
     return run_units(&team, unit, linear, (linear->rows + each - 1) / each);
 }
 
