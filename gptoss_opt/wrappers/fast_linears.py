@@ -64,6 +64,6 @@ def with_fast_linears(*, backend: str = "auto") -> FastLinears:
     Example:
         >>> model = with_fast_linears(model)
         >>> stack_of(model)
-        Stack(with_fast_linears())
+        compose(with_fast_linears())
     """
     return FastLinears(backend=backend)
