@@ -22,6 +22,7 @@ BENCHMARKS = {
     "batching": "continuous batching, beside vLLM and transformers",
     "finetune": "LoRA on attention and experts, beside transformers and peft",
     "mapped": "a packed checkpoint read and mapped: first token, memory, decoding",
+    "packing": "packing the experts of a dense layer of the 20b",
     "loss": "head and loss over the vocabulary, beside transformers and torch's linear_cross_entropy",
     "frames": "how many Python frames of the package a forward, a training step and a serving step enter",
     "layout": "how long it takes to compute the layouts of the released models",
