@@ -1,0 +1,95 @@
+/* The native library beside plain loops, without Python: for processors that are emulated. With an argument, one weight is
+ * off, and the program must fail. */
+#include "native.c"
+#include <stdio.h>
+
+static uint32_t state = 1;
+static uint32_t draw(void) { return state = state * 1664525u + 1013904223u; }
+static float number(void) { return (float)(int32_t)draw() / 2147483648.0f; }
+
+static double worst;
+static void compare(const char *what, double found, double exact, double scale, double bound) {
+    const double error = fabs(found - exact) / scale;
+    if (!(error <= bound)) {
+        printf("%s: %g, should be %g\n", what, found, exact);
+        exit(1);
+    }
+    if (error > worst) worst = error;
+}
+
+enum { EXPERTS = 3, LENGTH = 96, ROWS_OF_W = 72, MOST = 40 };
+static uint8_t blocks[EXPERTS * ROWS_OF_W * LENGTH / 2], scales[EXPERTS * ROWS_OF_W * LENGTH / BLOCK];
+static float bias[EXPERTS * LENGTH], x[MOST * LENGTH], y[MOST * LENGTH], dense[EXPERTS][ROWS_OF_W][LENGTH];
+
+static void products(int which, int off) {
+    for (size_t i = 0; i < sizeof blocks; i++) blocks[i] = (uint8_t)(draw() >> 24);
+    for (size_t i = 0; i < sizeof scales; i++) scales[i] = (uint8_t)(125 + draw() % 5);
+    for (int e = 0; e < EXPERTS; e++)
+        for (int r = 0; r < ROWS_OF_W; r++)
+            for (int l = 0; l < LENGTH; l++) {
+                const long at = (e * ROWS_OF_W + r) * LENGTH + l;
+                dense[e][r][l] = HALVES[blocks[at / 2] >> 4 * (at % 2) & 15] * SCALE[scales[at / BLOCK]];
+            }
+    if (off) scales[sizeof scales - 1] += 3;
+    for (int i = 0; i < EXPERTS * LENGTH; i++) bias[i] = number();
+    for (int i = 0; i < MOST * LENGTH; i++) x[i] = number();
+    const int32_t offsets[EXPERTS] = {7, 7, MOST};
+    for (int columns = 0; columns < 2; columns++) { /* columns are for gradients, which have no bias */
+        const Matrices m = {blocks, scales, columns ? NULL : bias, ROWS_OF_W, LENGTH};
+        const int in = columns ? ROWS_OF_W : LENGTH, out = columns ? LENGTH : ROWS_OF_W;
+        if (gptoss_product(which, columns, x, y, offsets, &m, NULL, EXPERTS, NULL, 2)) exit(2);
+        for (int n = 0; n < MOST; n++)
+            for (int o = 0; o < out; o++) {
+                const int e = n < 7 ? 0 : 2;
+                double exact = columns ? 0 : bias[e * out + o];
+                for (int i = 0; i < in; i++)
+                    exact += (double)x[n * in + i] * (columns ? dense[e][i][o] : dense[e][o][i]);
+                compare(columns ? "columns" : "dot", y[n * out + o], exact, 10, 1e-5);
+            }
+    }
+}
+
+static void linears(int which, int half) {
+    enum { OUT = 13, IN = 77, N = 8 };
+    static float w[OUT * IN], b[OUT];
+    static uint16_t w16[OUT * IN], b16[OUT], x16[N * IN], y16[N * OUT];
+    for (int i = 0; i < OUT * IN; i++) w[i] = from_bf16(w16[i] = to_bf16(number()));
+    for (int i = 0; i < OUT; i++) b[i] = from_bf16(b16[i] = to_bf16(number()));
+    for (int i = 0; i < N * IN; i++) x[i] = from_bf16(x16[i] = to_bf16(number()));
+    const Linear p = half ? (Linear){x16, w16, b16, y16, N, OUT, IN, 1} : (Linear){x, w, b, y, N, OUT, IN, 0};
+    if (gptoss_linear(which, &p, NULL, 2)) exit(2);
+    for (int n = 0; n < N; n++)
+        for (int o = 0; o < OUT; o++) {
+            double exact = b[o];
+            for (int i = 0; i < IN; i++) exact += (double)x[n * IN + i] * w[o * IN + i];
+            compare("linear", half ? from_bf16(y16[n * OUT + o]) : y[n * OUT + o], exact, 10, half ? 4e-3 : 1e-5);
+        }
+}
+
+static void packing(int which) {
+    enum { IN = 64, OUT = 70 };
+    static float from[IN * OUT], row[IN];
+    static uint8_t to[OUT * IN / 2], to_scales[OUT * IN / BLOCK], one[IN / 2], one_scale[IN / BLOCK];
+    static double sums[2 * ((OUT + STRIP - 1) / STRIP)];
+    for (int i = 0; i < IN * OUT; i++) from[i] = number() * powf(2, (float)(int)(draw() % 40) - 20);
+    if (gptoss_pack_columns(which, 0, from, to, to_scales, sums, IN, OUT, NULL, 2)) exit(2);
+    for (int o = 0; o < OUT; o++) {
+        for (int i = 0; i < IN; i++) row[i] = from[i * OUT + o];
+        if (gptoss_pack(which, 0, row, one, one_scale, IN / BLOCK, NULL, 1)) exit(2);
+        for (int i = 0; i < IN / 2; i++) compare("blocks", to[o * IN / 2 + i], one[i], 1, 0);
+        for (int i = 0; i < IN / BLOCK; i++) compare("scales", to_scales[o * IN / BLOCK + i], one_scale[i], 1, 0);
+    }
+}
+
+int main(int argc, char **argv) {
+    (void)argv;
+    const int best = gptoss_init(), most = best < AVX512_BF16 ? best : AVX512;
+    for (int which = 0; which <= most; which++) {
+        products(which, argc > 1);
+        linears(which, 0);
+        linears(which, 1);
+        packing(which);
+    }
+    printf("best %d, worst %g\n", best, worst);
+    return 0;
+}

@@ -1,0 +1,35 @@
+"""The native library on processors that are emulated: built by a cross compiler, and run beside plain loops."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gptoss_opt.kernels import native
+
+SOURCES = Path(native.__file__).parent / "c"
+PROCESSORS = {
+    "this one": ("cc", []),
+    "64-bit ARM": ("aarch64-linux-gnu-gcc", ["qemu-aarch64"]),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_beside_plain_loops(name: str, tmp_path: Path) -> None:
+    compiler, emulator = PROCESSORS[name]
+    if missing := [one for one in (compiler, *emulator) if not shutil.which(one)]:
+        pytest.skip(f"{missing[0]} is not installed")
+    program = tmp_path / "by_itself"
+    options = ["-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-static", f"-I{SOURCES}"]
+    source = str(Path(__file__).with_name("by_itself.c"))
+    subprocess.run([compiler, *options, source, "-o", str(program), "-lm", "-lpthread"], check=True)
+    run = subprocess.run([*emulator, str(program)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    assert "worst" in run.stdout
+    # Negative control: one weight is off.
+    run = subprocess.run([*emulator, str(program), "off"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "should be" in run.stdout
