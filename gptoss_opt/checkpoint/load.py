@@ -82,10 +82,12 @@ def load(
         # The other processes are about to agree on the stack, and this one has no model to apply it to.
         confer(stack.wrappers, None, [f"{type(error).__name__}: {error}"])
         raise
+    if weights.mapped is not None:
+        watch(model, weights.mapped)
     with tqdm(desc="loading", unit="B", unit_scale=True, delay=1) as bar:
         apply(model, stack.wrappers, replace(weights, bar=bar))
     if weights.mapped is not None:
-        watch(model, weights.mapped)
+        weights.mapped.release()
     return cast(GptOssForCausalLM, model)
 
 

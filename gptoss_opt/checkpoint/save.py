@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..core import held_by, layout_of, mesh_of
 from ..distributed import ModelMesh
 from ..layout import Split
-from ..model.saving import config_to_save
+from ..model.saving import config_to_save, refuse_mapped
 from .writer import write_files
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -189,6 +189,7 @@ def write_checkpoint(
         tensors: those, and perhaps others, with their values.
         max_shard_size: of one file, in bytes or as "5GB".
     """
+    refuse_mapped(model, folder)
     # The splitting of transformers. It takes tensors without values.
     split = split_torch_state_dict_into_shards(
         dict(described), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size

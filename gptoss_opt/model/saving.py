@@ -55,11 +55,11 @@ def save_pretrained(
 
 
 def refuse_mapped(model: nn.Module, save_directory: Any) -> None:
-    """Raise `ValueError` if a model is to be saved over the very files that its weights are mapped from."""
+    """Raise `ValueError` if a model is to be written over the very files that its weights are mapped from."""
     folders = {file.parent.resolve() for file in model.__dict__.get(MAPPED, ())}
     if Path(save_directory).resolve() in folders:
         raise ValueError(
-            f"save_pretrained({str(save_directory)!r}): the weights are mapped from files there (memory_map=True), "
+            f"{str(save_directory)!r}: the weights are mapped from files there (memory_map=True), "
             "which writing would change under them. Save to another folder, or load without memory_map."
         )
 

@@ -89,6 +89,9 @@ def test_it_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
         "two dtypes": (x, weight.double(), bias),
         "another dtype": (x.double(), weight.double(), bias.double()),
         "weights that lie apart": (x, weight.T.contiguous().T, bias),
+        "negated rows": (torch._neg_view(x), weight, bias),
+        "sparse weights": (x, weight.to_sparse(), bias),
+        "weights of another length": (x[:, :40], weight, bias),
         "nothing to compute with": (x.to("meta"), weight.to("meta"), bias.to("meta")),
     }
     for what, given in aside.items():

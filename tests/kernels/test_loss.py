@@ -330,3 +330,24 @@ def test_the_logits_of_all_rows_are_never_there() -> None:
         assert peak_memory(forward_and_backward, kind) < whole / 4
     # Negative control: torch's cross entropy holds them several times.
     assert peak_memory(forward_and_backward, "all logits") > 1.9 * whole
+
+
+def test_sums_beyond_float16_do_not_overflow() -> None:
+    """A row of the head's gradient is a sum over rows, and only its mean need fit."""
+    hidden, weight = torch.full((4096, 8), 40.0), torch.randn(32, 8) * 1e-3
+    labels = torch.full((4096,), 3)
+    found = []
+    for loss in (lambda h, w: cross_entropy(linear(h, w).float(), labels), chunked(None, labels, vocabulary=32)):
+        trained = weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16):
+            value = loss(hidden, trained)
+        value.backward()
+        found.append(trained.grad)
+    assert relative(found[1], found[0]) < 1e-2
+
+
+def test_batched_gradients_are_refused() -> None:
+    hidden, weight, labels = problem()
+    loss = chunked(None, labels)(hidden.requires_grad_(), weight)
+    with pytest.raises(RuntimeError, match="no batched gradients"):
+        torch.autograd.grad(loss, [hidden], torch.tensor([1.0, 2.0]).double(), is_grads_batched=True)

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from gptoss_opt import (
     CheckpointError,
+    export,
     load,
+    shard_tensor_parallel,
     undo,
     with_chunked_loss,
     with_flash_attention,
@@ -27,7 +29,7 @@ from gptoss_opt import (
 from gptoss_opt.checkpoint import Checkpoint
 from gptoss_opt.checkpoint.mapped import MappedFiles
 from gptoss_opt.testing import random_checkpoint
-from tests.helpers import ids
+from tests.helpers import group_of_one, ids, relative
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,53 @@ def test_it_is_not_saved_over_its_own_files(own: Path, tmp_path: Path, wrappers:
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path / "elsewhere")
     assert torch.equal(logits(load(tmp_path / "elsewhere", *wrappers)), expected)
+
+
+def test_every_way_of_writing_over_its_own_files_is_refused(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(own.parent)
+    model = load(own.name, with_flash_attention(), memory_map=True)
+    expected = logits(model)
+    monkeypatch.chdir(tmp_path.parent)  # the path it was loaded from leads nowhere from here
+    (tmp_path / "link").symlink_to(own)
+    undo(model, with_flash_attention)
+    with group_of_one():
+        sharded = load(own, shard_tensor_parallel(), memory_map=True)
+        for write in (
+            lambda: model.save_pretrained(own),
+            lambda: model.save_pretrained(tmp_path / "link"),
+            lambda: export(model, own, format="bf16"),
+            lambda: sharded.save_pretrained(own),
+        ):
+            with pytest.raises(ValueError, match="mapped from files there"):
+                write()
+        assert relative(logits(sharded), expected) < 1e-2
+    assert relative(logits(model), expected) < 1e-2
+
+
+def test_files_in_which_nothing_lies_any_more_are_forgotten(own: Path) -> None:
+    model = load(own, memory_map=True)
+    model.double().to(torch.bfloat16)
+    assert not any(in_files(parameter) for parameter in model.parameters())
+    for file in own.glob("*.safetensors"):
+        touched(file)
+    assert logits(model).isfinite().all()
+    model.save_pretrained(own)
+    open_files = [os.path.realpath(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd")]
+    assert not any(str(own) in file for file in open_files)
+
+
+# torch's own, while tracing.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_looks_too(own: Path) -> None:
+    torch._dynamo.reset()
+    model = load(own, with_mxfp4_experts(), memory_map=True)
+    compiled = torch.compile(model, backend="eager")
+    logits(compiled)
+    touched(sorted(own.glob("*.safetensors"))[0])
+    with pytest.raises(CheckpointError):
+        logits(compiled)
 
 
 def test_a_wrapper_comes_and_goes(own: Path) -> None:

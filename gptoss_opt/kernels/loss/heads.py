@@ -50,7 +50,8 @@ class Product:
         return torch.mm(self.rows, self.weight.T, out=out)
 
     def back(self, d_logits: Tensor) -> Tensor | None:
-        if self.of_weight and self.single:
+        # A sum over many rows may leave the range of float16; added_product makes it in float32.
+        if self.of_weight and self.single and d_logits.dtype != torch.float16:
             self.sums = [torch.mm(d_logits.T, self.rows)]
         elif self.of_weight:
             self.sums = [added_product(self.sums[0], d_logits, self.rows)]

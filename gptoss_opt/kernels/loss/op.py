@@ -89,6 +89,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("a loss in chunks has no second derivatives. Compute it from all logits.")
+        functorch = torch._C._functorch
+        if functorch.is_functorch_wrapped_tensor(grads[0]) or functorch.is_legacy_batchedtensor(grads[0]):
+            raise RuntimeError("a loss in chunks has no batched gradients. Compute it from all logits.")
         factor, saved = torch.ldexp(grads[0], ctx.exponent), ctx.saved_tensors
         # What nobody asks for again may be written over, but for what autograd gave to several weights at once.
         kept = torch._C._autograd._get_current_graph_task_keep_graph()

@@ -47,11 +47,13 @@ def added(total: Tensor | None, part: Tensor) -> Tensor:
 def added_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """`total + a.T @ b`, in float32 or float64, written to `total` where there is one. The product is never there."""
     first, size = total is None, max(BLOCK // b.shape[1], 1)
+    b = b.float() if b.dtype == torch.float16 else b  # whose range sums over many rows leave
     if total is None:
         total = memory.empty((a.shape[1], b.shape[1]), wide(b.dtype), b.device)
-    for to, columns in zip(total.split(size), a.split(size, 1), strict=True):
-        product = torch.mm(columns.T, b)
-        to.copy_(product) if first else to.add_(product)
+    with torch.autocast(b.device.type, enabled=False):
+        for to, columns in zip(total.split(size), a.split(size, 1), strict=True):
+            product = torch.mm(columns.T.to(b.dtype), b)
+            to.copy_(product) if first else to.add_(product)
     return total
 
 

@@ -56,7 +56,7 @@ typedef struct {
 } Expert;
 
 /* dot:      y[n, r] = sum_l x[n, l] W[r, l] + bias[r]
- * columns:  y[n, l] = sum_r x[n, r] W[r, l] + bias[l] */
+ * columns:  y[n, l] = sum_r x[n, r] W[r, l] + bias[l]; in float32 without bias, as only gradients take it */
 typedef struct {
     const void *x;
     void *y;
