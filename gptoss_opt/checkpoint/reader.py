@@ -1,8 +1,8 @@
 """One safetensors file: its header, checked whole, and its tensors, read into the memory that will hold them.
 
-Files are read, not mapped. Mapped pages count as the process's memory for as long as the tensor lives, cannot be
-backed by huge pages, and change or fault under a running model when the file is overwritten. Bytes that are read go
-once from the file into the tensor, and the file is closed again.
+Here files are read; `mapped.py` maps them. Mapped pages count as the process's memory for as long as the tensor lives,
+cannot be backed by huge pages, and change or fault under a running model when the file is overwritten. Bytes that are
+read go once from the file into the tensor, and the file is closed again.
 """
 
 from __future__ import annotations

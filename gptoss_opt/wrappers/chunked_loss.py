@@ -54,8 +54,8 @@ def with_chunked_loss(*, chunk_tokens: int | str = "auto") -> ChunkedLoss:
     Args:
         model: a GptOssForCausalLM, which is changed and returned; a function that returns one; or nothing, for a
             wrapper to give to `compose` or `load`.
-        chunk_tokens: how many tokens' logits are there at a time, at most. "auto" takes as many as have 256 MiB in
-            float32, but at least 16; more where the head is trained, as the sum of its gradient takes as much anyway.
+        chunk_tokens: how many tokens' logits are there at a time, at most. "auto" takes as many as have 256 MiB,
+            but at least 16; more where the head is trained, as the sum of its gradient takes as much anyway.
 
     Raises:
         CompatibilityError: not a GptOssForCausalLM, already compiled, or a `loss_function` of your own.

@@ -11,8 +11,7 @@ from torch import Tensor
 from .sums import Buffer, wide
 
 BYTES, BYTES_ON_CPU = 1 << 26, 1 << 23
-"""What the logits of all processes take, at most, that are in float32 at a time. A CPU then has them in its cache, and
-is up to 1.6 times as fast."""
+"""What the logits of all processes take, at most, that are in float32 at a time. A CPU then has them in its cache."""
 
 
 class Vocabulary(Protocol):
