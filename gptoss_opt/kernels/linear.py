@@ -6,17 +6,15 @@ gives than torch's. From some number of rows on, torch's is as fast: see `MAX_RO
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .direct import is_direct
 from .gate import admit
-from .native import LinearArguments, library, why_not
+from .native import DTYPES, LinearArguments, library, why_not
 from .processor import processor
-from .tracing import is_traced
-from .transforms import active
 
 MAX_ROWS: dict[str, dict[torch.dtype, int]] = {
     "Zen 5": {torch.bfloat16: 16, torch.float32: 64},
@@ -68,18 +66,13 @@ def max_rows(dtype: torch.dtype) -> int:
 
 
 def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `linear` can compute a product with these, and is not slower than torch's."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if is_traced(*tensors) or active() or torch.is_autocast_enabled("cpu"):
-        return False
-    num_rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
-    if x.device.type != "cpu" or not 0 < num_rows <= max_rows(x.dtype):
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    if any(one.layout != torch.strided or one.is_neg() for one in tensors) or weight.shape[-1:] != x.shape[-1:]:
-        return False  # torch computes with what is otherwise than it seems, and says what does not go together
-    return all(one.dtype == x.dtype and one.device == x.device and one.is_contiguous() for one in tensors[1:])
+    """Whether `product` can compute with these, and is not slower than torch's."""
+    num_out, length = weight.shape if weight.dim() == 2 else (0, 0)
+    if not x.dim() or not length or x.shape[-1] != length or not 0 < x.numel() // length <= max_rows(x.dtype):
+        return False  # torch says what does not go together
+    if bias is None:
+        return is_direct(x, weight)
+    return bias.shape == (num_out,) and is_direct(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, instruction_set: int | None = None) -> Tensor:
@@ -101,22 +94,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, instruction
         tensor([[41., 41., 41.],
                 [41., 41., 41.]])
     """
-    functions, best, parallel = library()
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}, and the native product takes {' and '.join(map(str, DTYPES))}.")
     length, num_out = x.shape[-1], len(weight)
-    rows = admit("x", x.reshape(-1, length), x.dtype, (x.numel() // max(length, 1), length))
+    admit("x", x, x.dtype, x.shape)
     weight = admit("weight", weight, x.dtype, (num_out, length))
     bias = None if bias is None else admit("bias", bias, x.dtype, (num_out,))
-    out = rows.new_empty(len(rows), num_out)
+    return product(x, weight, bias, instruction_set=instruction_set)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, instruction_set: int | None = None) -> Tensor:
+    """`linear` of what `is_faster` or `linear` has looked at."""
+    functions, best, parallel = library()
+    num_out, length = weight.shape
+    rows, out = x.contiguous(), x.new_empty(*x.shape[:-1], num_out)
     arguments = LinearArguments(
         rows.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        len(rows),
+        x.numel() // max(length, 1),
         num_out,
         length,
         x.dtype == torch.bfloat16,
     )
     which = best if instruction_set is None else instruction_set
-    functions.gptoss_linear(which, ctypes.byref(arguments), parallel, torch.get_num_threads())
-    return out.view(*x.shape[:-1], num_out)
+    functions.gptoss_linear(which, arguments, parallel, torch.get_num_threads())
+    return out

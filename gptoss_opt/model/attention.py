@@ -6,8 +6,9 @@ with no error. A key must not contain "flash" or "sdpa": transformers rewrites t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -15,9 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssAttention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from ..core import Journal
+from ..core.journal import ClassForward
 from ..kernels.attention import (
     BACKENDS,
     AttentionRequest,
@@ -27,6 +33,7 @@ from ..kernels.attention import (
     starts_from_cu_seq_lens,
 )
 from ..kernels.paged_attention import Paged, paged_attention
+from ..kernels.rotary import is_served, rotate
 from .host import config_paths
 from .modules import NO_LAYERS, WRAPPED, attention_modules, decoder_path, execution_device
 from .packing import Packing, packing_of, readable
@@ -75,10 +82,51 @@ def set_attention(model: nn.Module, backend: str, journal: Journal) -> tuple[str
         journal.set(model, path, WRAPPED, True)
     path = decoder_path(model)
     journal.add_pre_hook(model, path, prepare_call)
+    rotated = set_rotation(model, journal) if backend == "native" else ()
     return (
+        *rotated,
         f"config._attn_implementation: {before} -> {key}, on the model's own copy of the config",
         f"{path or 'the model'}: a forward pre-hook that refuses what attention cannot do, such as output_attentions",
     )
+
+
+def set_rotation(model: nn.Module, journal: Journal) -> tuple[str, ...]:
+    """Let queries and keys be rotated by the native library; returns what was changed, as sentences."""
+    modules = [
+        (path, module)
+        for path, module in attention_modules(model)
+        if type(module).forward is GptOssAttention.forward and ROTATION in _FORWARD.__code__.co_names
+    ]
+    for path, _ in modules:
+        journal.around(model, path, natively_rotated, None)
+    return (f"self_attn ({len(modules)}): the rotary embedding by the native library, unless gradients are recorded",)
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """transformers' `apply_rotary_pos_emb`, natively where nothing needs torch's operations."""
+    if args or kwargs or not (is_served(q, cos, sin) and is_served(k, cos, sin)):
+        return cast(tuple[Tensor, Tensor], apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs))
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+ROTATION = apply_rotary_pos_emb.__name__
+_FORWARD = cast(FunctionType, GptOssAttention.forward)
+_ROTATED_FORWARD = FunctionType(
+    _FORWARD.__code__,
+    {**_FORWARD.__globals__, ROTATION: _rotated},
+    _FORWARD.__name__,
+    _FORWARD.__defaults__,
+    _FORWARD.__closure__,
+)
+"""The forward of transformers' attention, but that the name of the rotation in it means ours."""
+
+
+def natively_rotated(
+    _: None, module: Any, inner: Callable[..., tuple[Tensor, Any]], *args: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """The forward of an attention layer with our rotation, unless something else computes it meanwhile."""
+    own = isinstance(inner, ClassForward) and apply_rotary_pos_emb is _FORWARD.__globals__[ROTATION]
+    return _ROTATED_FORWARD(module, *args, **kwargs) if own else inner(*args, **kwargs)
 
 
 PARAMETERS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")

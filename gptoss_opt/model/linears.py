@@ -1,26 +1,37 @@
-"""The linear layers of a GPT-OSS model: q, k, v, o and the head, as far as they are plain ones."""
+"""The linear layers of a GPT-OSS model: q, k, v, o, router and head, as far as they are plain ones, and the norms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
 
 from ..core.journal import Around, Journal
-from ..kernels.linear import LinearRequest, is_faster, linear, max_rows
+from ..kernels.linear import LinearRequest, is_faster, max_rows, product
+from ..kernels.norm import is_served, rms_norm
 from .modules import Named, execution_device
 
 LINEARS = "the linear layers"
 """A slot of a model: see `Wrapper`."""
 
+NORMS = "the norms"
+"""A slot of a model."""
+
 
 def linear_modules(model: nn.Module) -> Named:
     """All that compute as `nn.Linear` does."""
+    return _computing_as(nn.Linear, model)
+
+
+def _computing_as(kind: type[nn.Module], model: nn.Module) -> Named:
+    """Modules of a kind, or derived from it, with its forward."""
     return [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if isinstance(module, kind) and type(module).forward is kind.forward
     ]
 
 
@@ -38,19 +49,45 @@ def why_no_linears(model: nn.Module) -> Iterator[str]:
 
 def set_linears(model: nn.Module, journal: Journal) -> Iterator[str]:
     """Let linear layers compute few rows by the native library; says what was changed, in sentences."""
-    modules = linear_modules(model)
-    for path, _ in modules:
-        journal.around(model, path, few_rows_faster, None)
-    names = dict.fromkeys(path.rpartition(".")[2] for path, _ in modules)
     most = max_rows(linear_request(model).dtype)
-    yield f"{', '.join(names)} ({len(modules)}): up to {most} rows by the native library, unless gradients are recorded"
+    functions = {nn.Linear: few_rows_faster, GptOssTopKRouter: few_rows_routed, GptOssRMSNorm: natively_normed}
+    for kind, function in functions.items():
+        modules = _computing_as(kind, model)
+        for path, _ in modules:
+            journal.around(model, path, function, None)
+        names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path, _ in modules))
+        rows = "" if function is natively_normed else f"up to {most} rows "
+        if modules:
+            yield f"{names} ({len(modules)}): {rows}by the native library, unless gradients are recorded"
 
 
 def few_rows_faster(_: None, module: Any, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
     """A linear layer's forward, natively where that is faster."""
     # Attributes, not parameters: of a sharded model they are what this rank holds.
     weight, bias = module.weight, module.bias
-    return linear(input, weight, bias) if is_faster(input, weight, bias) else inner(input)
+    return product(input, weight, bias) if is_faster(input, weight, bias) else inner(input)
+
+
+def few_rows_routed(
+    _: None, module: Any, inner: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor
+) -> tuple[Tensor, ...]:
+    """A router's forward, with its product natively where that is faster: logits, weights and indices of experts."""
+    weight, bias = module.weight, module.bias
+    if not is_faster(hidden_states, weight, bias):
+        return inner(hidden_states)
+    logits = product(hidden_states, weight, bias)
+    values, indices = torch.topk(logits, module.top_k, dim=-1)
+    return logits, torch.softmax(values, dim=1, dtype=values.dtype), indices
+
+
+def natively_normed(_: None, module: Any, inner: Callable[..., Tensor], hidden_states: Tensor) -> Tensor:
+    """A norm's forward, natively where nothing needs torch's operations."""
+    weight = module.weight
+    return (
+        rms_norm(hidden_states, weight, module.variance_epsilon)
+        if is_served(hidden_states, weight)
+        else inner(hidden_states)
+    )
 
 
 def without_faster(inner: Callable[..., Any]) -> Callable[..., Any]:

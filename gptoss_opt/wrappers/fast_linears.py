@@ -11,7 +11,7 @@ from torch import nn
 from ..core import Attachment, Choice, Host, Phase, Report, Wrapper, check_name, choose, takes_model
 from ..kernels.linear import BACKENDS
 from ..model.host import GPT_OSS
-from ..model.linears import LINEARS, linear_request, set_linears, why_no_linears
+from ..model.linears import LINEARS, NORMS, linear_request, set_linears, why_no_linears
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -23,7 +23,7 @@ class FastLinears(Wrapper):
     name: ClassVar[str] = "with_fast_linears"
     phase: ClassVar[Phase] = Phase.COMPUTE
     host: ClassVar[Host] = GPT_OSS
-    claims: ClassVar[tuple[str, ...]] = (LINEARS,)
+    claims: ClassVar[tuple[str, ...]] = (LINEARS, NORMS)
 
     def __post_init__(self) -> None:
         check_name(BACKENDS, self.backend, self.name)

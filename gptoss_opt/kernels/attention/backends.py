@@ -14,9 +14,11 @@ from packaging.version import Version
 from torch import Tensor
 
 from . import tiled, varlen
+from .impl import native
 from .impl.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FlashAttn4
 from .impl.torch_cpu import TorchCpu
 from .impl.torch_cuda import TorchEfficient, TorchFlash
+from .visible import Rules
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float64, torch.float32, *HALF)
@@ -48,6 +50,13 @@ def _packs(kernel: varlen.VarlenKernel) -> SinkKernel:
 
 EFFICIENT = TorchEfficient()
 CPU, CUDA, CUDA_FLASH = _tiles(TorchCpu()), _tiles(EFFICIENT), _packs(TorchFlash())
+
+
+def _decoded(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    return (native if native.serves(q, k, v, rules) else CPU).forward(q, k, v, sinks, rules)
+
+
+CPU_NATIVE = SinkKernel(_decoded, CPU.backward)
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,20 @@ class Torch:
         return CUDA_FLASH if torch.cuda.get_device_capability(q.device)[0] >= 8 else CUDA
 
 
+class Native(Torch):
+    """The native library for one query per row (decoding) on a CPU; torch's kernels for all else."""
+
+    name = "native"
+
+    def why_not(self, request: AttentionRequest) -> str | None:
+        """The reason why it cannot serve, or None."""
+        return native.why_not(request.device_type, request.dtype, request.head_dim)
+
+    def kernel_for(self, q: Tensor) -> SinkKernel:
+        """The native kernel, which knows what to leave to torch's; on another device than it was chosen for, torch's."""
+        return CPU_NATIVE if q.device.type == "cpu" else super().kernel_for(q)
+
+
 class Reference:
     """Plain matrix products, quadratic memory: defines the semantics, and is differentiated by autograd."""
 
@@ -137,6 +160,7 @@ BACKENDS = (
     FlashAttnPackage("fa4", "flash-attn-4", "flash_attn.cute", "4.0.0b1", (9, 10, 11), HALF[:1], _packs(FlashAttn4())),
     FlashAttnPackage("fa3", "flash-attn-3", "flash_attn_interface", "3.0.0b1", (9,), HALF, _packs(FLASH_ATTN_3)),
     FlashAttnPackage("fa2", "flash-attn", "flash_attn", "2.7.1", (8, 9, 10, 11, 12), HALF, _packs(FLASH_ATTN_2)),
+    Native(),
     Torch(),
     Reference(),
 )

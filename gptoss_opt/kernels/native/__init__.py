@@ -41,7 +41,8 @@ class PagedArguments(ctypes.Structure):
     """The arguments of attention on pages as the library takes them, by addresses: see paged.h."""
 
     _fields_ = (
-        *((name, _P) for name in ("q", "keys", "values", "sinks", "block_table", "context_starts", "blocks", "out")),
+        *((name, _P) for name in ("q", "keys", "values", "sinks", "block_table", "context_starts", "blocks")),
+        *((name, _P) for name in ("out", "lse")),
         *((name, _LONG) for name in ("heads", "kv_heads", "head_dim", "width", "page_size", "window", "max_rows")),
         ("scale", ctypes.c_float),
         ("half", _INT),
@@ -54,6 +55,27 @@ class LinearArguments(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("x", "weights", "bias", "out")),
         *((name, _LONG) for name in ("num_rows", "rows", "length")),
+        ("half", _INT),
+    )
+
+
+class NormArguments(ctypes.Structure):
+    """The arguments of RMS norms as the library takes them, by addresses: see norm.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("x", "weight", "out")),
+        *((name, _LONG) for name in ("num_rows", "length")),
+        ("eps", ctypes.c_float),
+        ("half", _INT),
+    )
+
+
+class RotaryArguments(ctypes.Structure):
+    """The arguments of rotary position embeddings as the library takes them, by addresses: see rotary.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("x", "cos", "sin", "out")),
+        *((name, _LONG) for name in ("heads", "num_tokens", "head_dim", "row", "head", "token", "angles")),
         ("half", _INT),
     )
 
@@ -121,6 +143,8 @@ def _load(path: str) -> Library:
     functions.gptoss_unpack.argtypes = [_INT, *[_P] * 3, _LONG, _P, _INT]
     functions.gptoss_paged_attention.argtypes = [_INT, ctypes.POINTER(PagedArguments), _LONG, _P, _INT]
     functions.gptoss_linear.argtypes = [_INT, ctypes.POINTER(LinearArguments), _P, _INT]
+    functions.gptoss_norm.argtypes = [_INT, ctypes.POINTER(NormArguments), _P, _INT]
+    functions.gptoss_rotary.argtypes = [_INT, ctypes.POINTER(RotaryArguments), _LONG, _P, _INT]
     functions.gptoss_low_rank.argtypes = [_INT, _INT, ctypes.POINTER(LowRankArguments), _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
     functions.gptoss_pack_columns.argtypes = [_INT, _INT, *[_P] * 4, _LONG, _LONG, _P, _INT]

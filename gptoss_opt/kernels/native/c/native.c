@@ -9,7 +9,9 @@
 #include "format.h"
 #include "linear.h"
 #include "low_rank.h"
+#include "norm.h"
 #include "paged.h"
+#include "rotary.h"
 #include "routes.h"
 #include "threads.h"
 #if defined(__linux__)
@@ -80,6 +82,14 @@ int gptoss_init(void) {
         (void)scratch;                                                                                       \
         linear_unit_##width(p, index);                                                                       \
     }                                                                                                        \
+    target static void rotary_##name(const void *p, long index, void *scratch) {                             \
+        (void)scratch;                                                                                       \
+        rotary_unit(p, index);                                                                               \
+    }                                                                                                        \
+    target static void norm_##name(const void *p, long index, void *scratch) {                               \
+        (void)scratch;                                                                                       \
+        norm_unit(p, index);                                                                                 \
+    }                                                                                                        \
     target static void paged_##name(const void *p, long index, void *scratch) { paged_unit(p, index, scratch); }
 
 FOR_TARGET(plain, 8, )
@@ -93,13 +103,13 @@ enum { HUGE = 1 << 21 }; /* bytes of a huge page */
 typedef void (*unit_fn)(const void *, long, void *);
 
 typedef struct {
-    unit_fn dot, columns, linear, activation, pack, pack_columns, combine, paged, rank_in, rank_out, rank_sums;
+    unit_fn dot, columns, linear, activation, pack, pack_columns, combine, paged, rank_in, rank_out, rank_sums, norm, rotary;
 } Implementation;
 
 #define IMPLEMENTATION(dot, columns, linear, name)                                                                   \
     (Implementation) {                                                                                               \
         dot, columns, linear, activation_##name, pack_##name, pack_columns_##name, combine_##name, paged_##name,      \
-            rank_in_##name, rank_out_##name, rank_sums_##name                                                                        \
+            rank_in_##name, rank_out_##name, rank_sums_##name, norm_##name, rotary_##name                                           \
     }
 
 static Implementation implementation(int which) {
@@ -367,6 +377,18 @@ int gptoss_linear(int which, const Linear *linear, fork_join parallel, int num_t
     const long each = linear_each(linear);
     const unit_fn unit = implementation(linear->half || which < AVX512_BF16 ? which : AVX512).linear;
     return run_units(&team, unit, linear, (linear->rows + each - 1) / each);
+}
+
+/* RMS norms of all rows. Returns 0. */
+int gptoss_norm(int which, const Norm *norm, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    return run_units(&team, implementation(which).norm, norm, (norm->num_rows + NORMED - 1) / NORMED);
+}
+
+/* Rotary position embeddings of `num_rows` rows of tokens. Returns 0. */
+int gptoss_rotary(int which, const Rotary *rotary, long num_rows, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    return run_units(&team, implementation(which).rotary, rotary, num_rows * rotary->num_tokens);
 }
 
 enum { RANK_IN, RANK_OUT, RANK_SUMS };

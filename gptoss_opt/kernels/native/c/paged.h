@@ -15,6 +15,7 @@ typedef struct {
     const int32_t *context_starts; /* [R]: its first token whose key is in the pages */
     const int32_t *blocks;         /* [B, 4]: sequence, first query, how many, the token that the first query is */
     void *out;                     /* [T, H, D] */
+    float *lse;                    /* [T, H]: the log-sum-exp, sink included; or NULL */
     long heads, kv_heads, head_dim, width, page_size, window; /* window 0: all keys */
     long max_rows;                 /* of a unit */
     float scale;
@@ -219,10 +220,11 @@ INLINE void paged_block(const PagedArguments *p, long index, float *scratch, int
         count = behind;
     }
     for (long r = 0; r < rows; r++) {
-        const long to = ((query + r / group) * p->heads + kv_head * group + r % group) * dim;
+        const long to = (query + r / group) * p->heads + kv_head * group + r % group;
         float total = 0;
         for (long i = 0; i < LANES; i++) total += totals[r * LANES + i];
-        for (long d = 0; d < dim; d++) store(p->out, to + d, half, sum[r * dim + d] / total);
+        for (long d = 0; d < dim; d++) store(p->out, to * dim + d, half, sum[r * dim + d] / total);
+        if (p->lse) p->lse[to] = largest[r] + logf(total);
     }
 }
 

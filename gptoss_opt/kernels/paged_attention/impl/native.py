@@ -70,6 +70,7 @@ def attend(
     )
     arguments = native.PagedArguments(
         *map(Tensor.data_ptr, tensors),
+        None,
         num_heads,
         num_kv_heads,
         dim,

@@ -1,0 +1,63 @@
+"""Decoding on CPUs by the native library: one query per row of the batch, and the row's keys are one long page."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...gate import admit
+from ..visible import Rules
+
+LANES = 16
+
+
+def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason why the native library cannot serve, or None."""
+    if reason := native.why_not(device_type, dtype):
+        return reason
+    return f"needs a head_dim that is a multiple of {LANES}, not {head_dim}" if head_dim % LANES else None
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
+    """Whether `forward` takes these: one query, nothing hidden but by the window, keys without gaps between them."""
+    one = q.shape[2] == 1 and k.shape[2] > 0 and rules.visible.everything
+    return one and why_not(q.device.type, q.dtype, q.shape[3]) is None and k.is_contiguous() and v.is_contiguous()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules, *, instruction_set: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, 1, D] -> the output [B, H, 1, D] and the log-sum-exp, sink included, [B, H, 1]. In float32 inside."""
+    functions, best, parallel = native.library()
+    batch, heads, _, dim = q.shape
+    kv_heads, num_keys = k.shape[1:3]
+    row = range(batch)
+    table = (ctypes.c_int32 * batch)(*row)
+    blocks = (ctypes.c_int32 * (4 * batch))(*(value for b in row for value in (b, b, 1, num_keys - 1)))
+    arguments = native.PagedArguments(
+        admit("q", q.squeeze(2), q.dtype, (batch, heads, dim)).data_ptr(),
+        admit("k", k, q.dtype, (batch, kv_heads, num_keys, dim), strided=False).data_ptr(),
+        admit("v", v, q.dtype, k.shape, strided=False).data_ptr(),
+        (sinks := admit("sinks", sinks.to(torch.float32), torch.float32, (heads,))).data_ptr(),
+        ctypes.addressof(table),
+        ctypes.addressof(starts := (ctypes.c_int32 * batch)()),
+        ctypes.addressof(blocks),
+        (out := q.new_empty(batch, heads, dim)).data_ptr(),
+        (lse := q.new_empty(batch, heads, 1, dtype=torch.float32)).data_ptr(),
+        heads,
+        kv_heads,
+        dim,
+        1,
+        num_keys,
+        rules.window or 0,
+        heads // kv_heads,
+        rules.scale,
+        q.dtype == torch.bfloat16,
+    )
+    which = best if instruction_set is None else instruction_set
+    if functions.gptoss_paged_attention(which, arguments, batch, parallel, torch.get_num_threads()):
+        raise MemoryError("the native kernel found no memory for its scratch space.")
+    return out[:, None].transpose(1, 2), lse
