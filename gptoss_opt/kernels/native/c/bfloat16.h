@@ -350,7 +350,34 @@ BF16_INLINE void tile_linear(const int tokens, const Linear *p, long n, long r) 
     UNROLL for (int t = 0; t < tokens; t++) {
         float to[ROWS];
         _mm_storeu_ps(to, sums(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
-        linear_store(p, 1, n + t, r, w, whole, to);
+        linear_store(p, 1, n + t, r, whole, to);
+    }
+}
+
+enum { FEW_TOKENS = 4 }; /* rows of x that are multiplied with one row of weights at a time */
+
+/* `tokens` rows of x times the r-th row of weights: read straight on, as memory is fastest. */
+BF16_INLINE void row_linear(const int tokens, const Linear *p, long r) {
+    enum { PARTS = 4 };
+    const long length = p->length, whole = length / BLOCK * BLOCK, even = length / (PARTS * BLOCK) * PARTS * BLOCK;
+    const uint16_t *x = p->x, *w = (const uint16_t *)p->weights + r * length;
+    __m512 sum[FEW_TOKENS][PARTS];
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int i = 0; i < PARTS; i++) sum[t][i] = _mm512_setzero_ps();
+    for (long l = 0; l < even; l += PARTS * BLOCK) UNROLL for (int i = 0; i < PARTS; i++) {
+        const long at = l + i * BLOCK;
+        _mm_prefetch((const char *)(w + at) + LINEAR_AHEAD, _MM_HINT_NTA);
+        const __m512bh row = (__m512bh)_mm512_loadu_si512(w + at);
+        UNROLL for (int t = 0; t < tokens; t++)
+            sum[t][i] = _mm512_dpbf16_ps(sum[t][i], (__m512bh)_mm512_loadu_si512(x + t * length + at), row);
+    }
+    for (long l = even; l < whole; l += BLOCK) {
+        const __m512bh row = (__m512bh)_mm512_loadu_si512(w + l);
+        UNROLL for (int t = 0; t < tokens; t++)
+            sum[t][0] = _mm512_dpbf16_ps(sum[t][0], (__m512bh)_mm512_loadu_si512(x + t * length + l), row);
+    }
+    UNROLL for (int t = 0; t < tokens; t++) {
+        const __m512 all = _mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), _mm512_add_ps(sum[t][2], sum[t][3]));
+        linear_store_one(p, 1, t, r, whole, _mm512_reduce_add_ps(all));
     }
 }
 
@@ -359,6 +386,15 @@ BF16_TARGET static void linear_bf16(const void *arguments, long index, void *scr
     (void)scratch;
     const Linear *p = arguments;
     const long each = linear_each(p), first = index * each, last = first + each < p->rows ? first + each : p->rows;
+    if (p->num_rows <= FEW_TOKENS) {
+        for (long r = first; r < last; r++) switch (p->num_rows) {
+            case 1: row_linear(1, p, r); break;
+            case 2: row_linear(2, p, r); break;
+            case 3: row_linear(3, p, r); break;
+            default: row_linear(4, p, r);
+            }
+        return;
+    }
     const long tiles = (p->num_rows + TOKENS - 1) / TOKENS;
     for (long r = first; r < last; r += ROWS)
         for (long tile = 0, n = 0, tokens; tile < tiles; tile++, n += tokens) {

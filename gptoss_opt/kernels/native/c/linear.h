@@ -10,6 +10,7 @@ typedef struct {
 } Linear;
 
 enum { LINEAR_BYTES = 1 << 17 }; /* weights in a unit of work, about */
+enum { LINEAR_AHEAD = 2048 };    /* bytes from a read of weights to its prefetch */
 
 /* Rows of weights in a unit of work: whole strips of ROWS. */
 INLINE long linear_each(const Linear *p) {
@@ -23,14 +24,17 @@ INLINE void linear_rows(const Linear *p, long r, const char *w[ROWS]) {
     for (int i = 0; i < ROWS; i++) w[i] = (const char *)p->weights + (r + i < p->rows ? r + i : p->rows - 1) * bytes;
 }
 
+/* y[n, r] from the sum over the first `done` of the row. */
+INLINE void linear_store_one(const Linear *p, const int half, long n, long r, long done, float sum) {
+    float total = sum + (p->bias ? load(p->bias, r, half) : 0);
+    for (long l = done; l < p->length; l++)
+        total += load(p->weights, r * p->length + l, half) * load(p->x, n * p->length + l, half);
+    store(p->y, n * p->rows + r, half, total);
+}
+
 /* y[n, r..r + ROWS] from sums over the first `done` of each row. */
-INLINE void linear_store(const Linear *p, const int half, long n, long r, const char *w[ROWS], long done,
-                         const float sums[ROWS]) {
-    for (int i = 0; i < ROWS && r + i < p->rows; i++) {
-        float total = sums[i] + (p->bias ? load(p->bias, r + i, half) : 0);
-        for (long l = done; l < p->length; l++) total += load(w[i], l, half) * load(p->x, n * p->length + l, half);
-        store(p->y, n * p->rows + r + i, half, total);
-    }
+INLINE void linear_store(const Linear *p, const int half, long n, long r, long done, const float sums[ROWS]) {
+    for (int i = 0; i < ROWS && r + i < p->rows; i++) linear_store_one(p, half, n, r + i, done, sums[i]);
 }
 
 /* For processors whose registers hold 256 bits or less, and for those of 512. */

@@ -31,7 +31,7 @@ INLINE void NAMED(linear_tile)(const int tokens, const int half, const Linear *p
         float sums[ROWS] = {0};
         for (int i = 0; i < ROWS; i++)
             for (int lane = 0; lane < WIDTH; lane++) sums[i] += sum[t][i][lane];
-        linear_store(p, half, n + t, r, w, whole, sums);
+        linear_store(p, half, n + t, r, whole, sums);
     }
 }
 
