@@ -67,12 +67,13 @@ def max_rows(dtype: torch.dtype) -> int:
 
 def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `product` can compute with these, and is not slower than torch's."""
-    num_out, length = weight.shape if weight.dim() == 2 else (0, 0)
-    if not x.dim() or not length or x.shape[-1] != length or not 0 < x.numel() // length <= max_rows(x.dtype):
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if not is_direct(*tensors) or weight.dim() != 2 or not x.dim():
+        return False
+    num_out, length = weight.shape
+    if not length or x.shape[-1] != length or (bias is not None and bias.shape != (num_out,)):
         return False  # torch says what does not go together
-    if bias is None:
-        return is_direct(x, weight)
-    return bias.shape == (num_out,) and is_direct(x, weight, bias)
+    return 0 < x.numel() // length <= max_rows(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, instruction_set: int | None = None) -> Tensor:

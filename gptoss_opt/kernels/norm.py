@@ -11,7 +11,7 @@ from .native import DTYPES, NormArguments, library
 
 def is_served(x: Tensor, weight: Tensor) -> bool:
     """Whether `rms_norm` can compute with these: no gradients, on a CPU."""
-    return x.dtype in DTYPES and x.numel() > 0 and weight.shape == x.shape[-1:] and is_direct(x, weight)
+    return is_direct(x, weight) and x.dtype in DTYPES and x.numel() > 0 and weight.shape == x.shape[-1:]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, instruction_set: int | None = None) -> Tensor:

@@ -11,10 +11,11 @@ from .native import DTYPES, RotaryArguments, library
 
 def is_served(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotate` can compute with these: no gradients, on a CPU."""
-    batch, _, num_tokens, dim = x.shape if x.dim() == 4 else (0, 0, 0, 0)
-    if x.dtype not in DTYPES or not x.numel() or x.stride(3) != 1 or cos.shape != sin.shape:
+    if not is_direct(x, cos, sin) or x.dtype not in DTYPES or x.dim() != 4 or not x.numel() or x.stride(3) != 1:
         return False
-    return cos.shape in ((1, num_tokens, dim / 2), (batch, num_tokens, dim / 2)) and is_direct(x, cos, sin)
+    batch, _, num_tokens, dim = x.shape
+    angles = [(rows, num_tokens, dim // 2) for rows in (1, batch)]
+    return dim % 2 == 0 and cos.shape in angles and sin.shape == cos.shape
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, instruction_set: int | None = None) -> Tensor:

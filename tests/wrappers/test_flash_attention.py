@@ -9,11 +9,13 @@ import torch
 from transformers import DynamicCache, GptOssForCausalLM, StaticCache
 
 from gptoss_opt import BackendError, CompatibilityError, explain, stack_of, undo, with_flash_attention
+from gptoss_opt.kernels import native
 from gptoss_opt.model import packing
 from tests.helpers import WINDOW, gradients, ids, loss_and_gradients, relative, tiny_config, tiny_model
 
 LENGTH = 4 * WINDOW + 3
-BACKENDS = ["torch", "reference"]
+ON_CPU = "torch" if native.why_not("cpu", torch.float32) else "native"
+BACKENDS = ["torch", "reference"] if ON_CPU == "torch" else ["native", "torch", "reference"]
 
 
 def pair(dtype: torch.dtype = torch.float32, backend: str = "torch") -> tuple[GptOssForCausalLM, GptOssForCausalLM]:
@@ -321,7 +323,7 @@ def test_every_config_of_the_model_is_set() -> None:
     original = model.config
     model.config = copy.deepcopy(original)
     with_flash_attention(model)
-    assert model.model.layers[0].self_attn.config._attn_implementation == "gptoss_opt:torch"
+    assert model.model.layers[0].self_attn.config._attn_implementation == f"gptoss_opt:{ON_CPU}"
     assert original._attn_implementation == "eager"
     assert relative(model(ids()).logits, expected) < 1e-5
     undo(model)
@@ -494,19 +496,19 @@ def test_backends() -> None:
         with_flash_attention(model, backend="fa2")
     assert model.config._attn_implementation == "eager"
     (row,) = explain(with_flash_attention(model)).rows
-    assert row.backend == "torch"
+    assert row.backend == ON_CPU
     assert dict(row.rejected)["reference"] == "only used when named"
-    assert set(dict(row.rejected)) == {"fa4", "fa3", "fa2", "reference"}
+    assert set(dict(row.rejected)) == {"fa4", "fa3", "fa2", "native", "torch", "reference"} - {ON_CPU}
 
 
 def test_a_sharper_option_is_another_wrapper() -> None:
     model = with_flash_attention(tiny_model())
     with pytest.raises(CompatibilityError, match="the same wrapper twice with different options"):
         with_flash_attention(model, backend="reference")
-    assert model.config._attn_implementation == "gptoss_opt:torch"
+    assert model.config._attn_implementation == f"gptoss_opt:{ON_CPU}"
     model.set_attn_implementation("eager")
     assert "changed by you since" in str(explain(model))
-    assert with_flash_attention(model).config._attn_implementation == "gptoss_opt:torch"
+    assert with_flash_attention(model).config._attn_implementation == f"gptoss_opt:{ON_CPU}"
 
 
 def by_the_decoder_forward(model, x, positions):

@@ -1,0 +1,104 @@
+"""Decoding by the native library: one query per row is what the reference says, and all else goes to torch's kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptoss_opt.kernels import native as library
+from gptoss_opt.kernels.attention import Rules, Visible, attention
+from gptoss_opt.kernels.attention.impl import native
+from gptoss_opt.kernels.attention.impl.reference import reference_attention
+from gptoss_opt.kernels.attention.op import sink_attention
+from tests.helpers import differentiate, relative
+from tests.kernels.problems import SCALE, inputs
+
+if library.why_not("cpu", torch.float32):
+    pytest.skip("no native library here", allow_module_level=True)
+
+SETS = range(library.library().best + 1)
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+dtypes = pytest.mark.parametrize("dtype", BOUND, ids=str)
+NOTHING_HIDDEN = Visible()
+
+
+def tensors(num_keys: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
+    """q, k, v and sinks for one query per row."""
+    torch.manual_seed(num_keys)
+    kv = [torch.randn(batch, 2, num_keys, 32).to(dtype) for _ in range(2)]
+    return [torch.randn(batch, 8, 1, 32).to(dtype), *kv, torch.randn(8).to(dtype)]
+
+
+@dtypes
+@pytest.mark.parametrize("which", SETS, ids=[library.INSTRUCTION_SETS[one] for one in SETS])
+@pytest.mark.parametrize("window", [None, 1, 100, 128])
+@pytest.mark.parametrize("num_keys", [1, 15, 64, 65, 300])
+def test_is_the_reference(num_keys: int, window: int | None, which: int, dtype: torch.dtype) -> None:
+    q, k, v, sinks = tensors(num_keys, dtype)
+    rules = Rules(SCALE, window, NOTHING_HIDDEN)
+    assert native.serves(q, k, v, rules)
+    out, lse = native.forward(q, k, v, sinks, rules, instruction_set=which)
+    exact = reference_attention(*(x.double() for x in (q, k, v, sinks)), rules)
+    assert out.shape == q.shape and out.dtype == dtype
+    assert relative(out.double(), exact) < BOUND[dtype]
+    seen = k[:, :, -window if window else None :].double().repeat_interleave(4, 1)
+    logits = torch.cat([(q.double() @ seen.mT * SCALE)[:, :, 0], sinks.double().expand(2, 8)[..., None]], -1)
+    assert relative(lse[..., 0].double(), logits.logsumexp(-1)) < 1e-5
+    # Negative controls: the sinks count, and so does the window.
+    assert relative(native.forward(q, k, v, sinks + 6, rules)[0].double(), exact) > 10 * BOUND[dtype]
+    if window and window < num_keys:
+        all_seen = native.forward(q, k, v, sinks, Rules(SCALE, None, NOTHING_HIDDEN))[0]
+        assert relative(all_seen.double(), exact) > 10 * BOUND[dtype]
+
+
+@pytest.mark.parametrize("large", [-1e4, 1e4, -torch.inf])
+def test_extreme_sinks_neither_overflow_nor_vanish(large: float) -> None:
+    q, k, v, sinks = (x.float() for x in tensors(70, torch.float32))
+    sinks[3] = large
+    rules = Rules(SCALE, None, NOTHING_HIDDEN)
+    exact = reference_attention(q, k, v, sinks, rules)
+    torch.testing.assert_close(native.forward(q, k, v, sinks, rules)[0], exact, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_through_the_operator() -> None:
+    some, d_out = [x.float() for x in tensors(40, torch.float32)], torch.randn(2, 8, 1, 32)
+    run = lambda *x: attention(*x, scale=SCALE, window=16, backend="native")  # noqa: E731
+    expected = differentiate(lambda *x: reference_attention(*x, Rules(SCALE, 16, NOTHING_HIDDEN)), some, d_out)
+    for found, exact in zip(differentiate(run, some, d_out), expected, strict=True):
+        assert relative(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("change", ["queries", "padding", "gaps", "dtype"])
+def test_all_else_goes_to_torch(change: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, sinks = (x.float() for x in tensors(40, torch.float32))
+    visible = NOTHING_HIDDEN
+    if change == "queries":
+        q = torch.randn(2, 8, 3, 32)
+    elif change == "padding":
+        visible = Visible(keys=torch.arange(40) > torch.tensor([[3], [-1]]))
+    elif change == "gaps":
+        k = torch.randn(2, 2, 80, 32)[:, :, ::2]
+    else:
+        q, k, v, sinks = (x.double() for x in (q, k, v, sinks))
+    monkeypatch.setattr(native, "forward", lambda *_: pytest.fail("computed natively"))
+    exact = reference_attention(q, k, v, sinks, Rules(SCALE, window, visible))
+    for record in (True, False):
+        with torch.set_grad_enabled(record):
+            found = attention(q, k, v, sinks, scale=SCALE, window=window, visible=visible, backend="native")
+        assert relative(found, exact) < 1e-5
+
+
+def test_opcheck() -> None:
+    some = [x.float().requires_grad_() for x in tensors(9, torch.float32)]
+    torch.library.opcheck(sink_attention, (*some, *NOTHING_HIDDEN, SCALE, 4, "native"))
+
+
+def test_says_what_it_does_not_take() -> None:
+    assert "multiple of 16" in str(native.why_not("cpu", torch.float32, 24))
+    assert "float16" in str(native.why_not("cpu", torch.float16, 64))
+    assert "cuda" in str(native.why_not("cuda", torch.float32, 64))
+    q, k, v, sinks = inputs(1, 9, torch.float32)
+    with pytest.raises(ValueError, match="k is torch.float64"):
+        native.forward(q, k.double(), v, sinks.float(), Rules(SCALE, None, NOTHING_HIDDEN))
