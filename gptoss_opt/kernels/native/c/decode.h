@@ -1,4 +1,4 @@
-/* The 32 values of a block in their order, as vectors of float32 of each width. */
+/* The 32 values of a block in their order, as float32 in vectors of each width. */
 #pragma once
 #include "common.h"
 #if defined(__aarch64__)
@@ -55,8 +55,8 @@ AVX2_TARGET INLINE void decode_8(const uint8_t *block, uint8_t scale, Floats_8 *
     to[3] = (Floats_8)_mm256_and_si256(last, upper);
 }
 
-/* The codes select from 16 floats: 64 bits get a byte, and a copy of it with its upper code 32 bits up. What stands above
- * four bits does not count. */
+/* The codes select from 16 floats: 64 bits get a byte, and a copy of it whose upper code begins at the 32nd. What stands
+ * above four bits does not count. */
 AVX512_TARGET INLINE void decode_16(const uint8_t *block, uint8_t scale, Floats_16 *to) {
     const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(HALVES), _mm512_set1_ps(SCALE[scale]));
     UNROLL for (int i = 0; i < 2; i++) {

@@ -1,5 +1,5 @@
-/* Products in vectors of WIDTH floats, once for each width that a target has: TOKENS_AT_A_TIME x ROWS sums, and what they
- * take, fit into its registers. */
+/* Products in vectors of WIDTH floats, once for each target. TOKENS_AT_A_TIME x ROWS sums, and what is multiplied, fit
+ * into its registers. */
 #pragma once
 #include "decode.h"
 #include "linear.h"
