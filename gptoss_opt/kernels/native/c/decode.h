@@ -35,8 +35,19 @@ INLINE void decode_4(const uint8_t *block, uint8_t scale, Floats_4 *to) {
 #endif
 }
 
+/* Four values of bfloat16: compilers take such short vectors apart. */
+INLINE Floats_4 widened_4(const uint16_t *from) {
+#if defined(__aarch64__)
+    return (Floats_4)vshlq_n_u32(vmovl_u16(vld1_u16(from)), 16);
+#elif X86
+    return (Floats_4)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)from));
+#else
+    return (Floats_4){from_bf16(from[0]), from_bf16(from[1]), from_bf16(from[2]), from_bf16(from[3])};
+#endif
+}
+
 #if X86
-/* The same. Each 32 bits of bfloat16 hold values that are 8 apart, of which the lower one is shifted up. */
+/* A block. Each 32 bits of bfloat16 hold values that are 8 apart, of which the lower is shifted up. */
 AVX2_TARGET INLINE void decode_8(const uint8_t *block, uint8_t scale, Floats_8 *to) {
     const __m256i places = _mm256_setr_epi8(0, 4, 0, 4, 1, 5, 1, 5, 8, 12, 8, 12, 9, 13, 9, 13, /* twice each byte */
                                             2, 6, 2, 6, 3, 7, 3, 7, 10, 14, 10, 14, 11, 15, 11, 15);
@@ -55,8 +66,8 @@ AVX2_TARGET INLINE void decode_8(const uint8_t *block, uint8_t scale, Floats_8 *
     to[3] = (Floats_8)_mm256_and_si256(last, upper);
 }
 
-/* The codes select from 16 floats: 64 bits get a byte, and a copy of it whose upper code begins at the 32nd. What stands
- * above four bits does not count. */
+/* A block. The codes select from 16 floats: 64 bits get a byte, and a copy of it with the upper code from bit 32 on.
+ * What stands above four bits does not count. */
 AVX512_TARGET INLINE void decode_16(const uint8_t *block, uint8_t scale, Floats_16 *to) {
     const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(HALVES), _mm512_set1_ps(SCALE[scale]));
     UNROLL for (int i = 0; i < 2; i++) {

@@ -1,10 +1,16 @@
 /* Linear layers in vectors of WIDTH floats: included by widths.h. */
+#if WIDTH > 4
 typedef uint32_t NAMED(Words) __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint16_t NAMED(Halves) __attribute__((vector_size(2 * WIDTH), aligned(2)));
+#endif
 
 INLINE void NAMED(load_vector)(NAMED(Floats) *to, const char *from, const int half) {
     if (half)
+#if WIDTH == 4
+        *to = widened_4((const uint16_t *)from);
+#else
         *to = (NAMED(Floats))(__builtin_convertvector(*(const NAMED(Halves) *)from, NAMED(Words)) << 16);
+#endif
     else
         *to = *(const NAMED(Floats) *)from;
 }
