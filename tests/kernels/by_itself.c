@@ -17,7 +17,9 @@ static void compare(const char *what, double found, double exact, double scale, 
     if (error > worst) worst = error;
 }
 
-enum { EXPERTS = 3, LENGTH = 96, ROWS_OF_W = 72, MOST = 40 };
+/* Experts of no rows to many, which takes all sizes of tiles; weights beyond one unit of work, not in whole strips. */
+enum { EXPERTS = 8, LENGTH = 160, ROWS_OF_W = 134, MOST = 56 };
+static const int32_t OFFSETS[EXPERTS] = {1, 3, 3, 6, 10, 15, 23, MOST};
 static uint8_t blocks[EXPERTS * ROWS_OF_W * LENGTH / 2], scales[EXPERTS * ROWS_OF_W * LENGTH / BLOCK];
 static float bias[EXPERTS * LENGTH], x[MOST * LENGTH], y[MOST * LENGTH], dense[EXPERTS][ROWS_OF_W][LENGTH];
 
@@ -33,19 +35,19 @@ static void products(int which, int off) {
     if (off) scales[sizeof scales - 1] += 3;
     for (int i = 0; i < EXPERTS * LENGTH; i++) bias[i] = number();
     for (int i = 0; i < MOST * LENGTH; i++) x[i] = number();
-    const int32_t offsets[EXPERTS] = {7, 7, MOST};
     for (int columns = 0; columns < 2; columns++) { /* columns are for gradients, which have no bias */
         const Matrices m = {blocks, scales, columns ? NULL : bias, ROWS_OF_W, LENGTH};
         const int in = columns ? ROWS_OF_W : LENGTH, out = columns ? LENGTH : ROWS_OF_W;
-        if (gptoss_product(which, columns, x, y, offsets, &m, NULL, EXPERTS, NULL, 2)) exit(2);
-        for (int n = 0; n < MOST; n++)
+        if (gptoss_product(which, columns, x, y, OFFSETS, &m, NULL, EXPERTS, NULL, 2)) exit(2);
+        for (int n = 0, e = 0; n < MOST; n++) {
+            while (n >= OFFSETS[e]) e++;
             for (int o = 0; o < out; o++) {
-                const int e = n < 7 ? 0 : 2;
                 double exact = columns ? 0 : bias[e * out + o];
                 for (int i = 0; i < in; i++)
                     exact += (double)x[n * in + i] * (columns ? dense[e][i][o] : dense[e][o][i]);
                 compare(columns ? "columns" : "dot", y[n * out + o], exact, 10, 1e-5);
             }
+        }
     }
 }
 
@@ -64,6 +66,24 @@ static void linears(int which, int half) {
             for (int i = 0; i < IN; i++) exact += (double)x[n * IN + i] * w[o * IN + i];
             compare("linear", half ? from_bf16(y16[n * OUT + o]) : y[n * OUT + o], exact, 10, half ? 4e-3 : 1e-5);
         }
+}
+
+static void low_rank(int which, int half) {
+    enum { RANK = 7, WIDE = 48 };
+    static float factor[EXPERTS * RANK * WIDE], hidden[MOST * RANK];
+    static uint16_t x16[MOST * WIDE];
+    for (int i = 0; i < EXPERTS * RANK * WIDE; i++) factor[i] = number();
+    for (int i = 0; i < MOST * WIDE; i++) x[i] = from_bf16(x16[i] = to_bf16(number()));
+    const LowRank p = {OFFSETS, EXPERTS, RANK, WIDE, factor, hidden, half ? (void *)x16 : x, NULL, half};
+    if (gptoss_low_rank(which, RANK_IN, &p, NULL, 2)) exit(2);
+    for (int n = 0, e = 0; n < MOST; n++) {
+        while (n >= OFFSETS[e]) e++;
+        for (int r = 0; r < RANK; r++) {
+            double exact = 0;
+            for (int i = 0; i < WIDE; i++) exact += (double)x[n * WIDE + i] * factor[(e * RANK + r) * WIDE + i];
+            compare("low rank", hidden[n * RANK + r], exact, 10, 1e-5);
+        }
+    }
 }
 
 static void packing(int which) {
@@ -88,6 +108,8 @@ int main(int argc, char **argv) {
         products(which, argc > 1);
         linears(which, 0);
         linears(which, 1);
+        low_rank(which, 0);
+        low_rank(which, 1);
         packing(which);
     }
     printf("best %d, worst %g\n", best, worst);

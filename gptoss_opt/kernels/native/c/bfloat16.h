@@ -10,19 +10,8 @@ enum { TOKENS = 6 };       /* rows of x at a time, at most: their sums with ROWS
 enum { TOKEN_CHUNK = 96 }; /* rows of x that stay in the cache while weights pass */
 enum { PANEL = 2 };        /* blocks of columns at a time */
 enum { GROUP_BLOCKS = 8 }; /* blocks of columns in a unit of work */
-enum { STRIPS_AHEAD = 2 }; /* strips from a read of packed weights to its prefetch */
-enum { PACKED_AHEAD = 4096 }; /* bytes, where one row is read at a time */
+enum { PACKED_AHEAD = 4096 }; /* bytes from a read of packed weights to its prefetch, where one row is read at a time */
 enum { ROWS_AHEAD = 16 };  /* rows from a read of dense weights to its prefetch */
-
-#define CASES(count, call)   \
-    switch (count) {         \
-    case 1: call(1); break;  \
-    case 2: call(2); break;  \
-    case 3: call(3); break;  \
-    case 4: call(4); break;  \
-    case 5: call(5); break;  \
-    default: call(6); break; \
-    }
 
 /* ---- weights in registers ------------------------------------------------------------------------------------- */
 
@@ -73,19 +62,6 @@ BF16_INLINE void store_sums(__m512 a, __m512 b, __m512 c, __m512 d, const Target
     if (to->bias)
         start = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_maskz_loadu_epi16(some, to->bias)), 16));
     _mm_mask_storeu_epi16(to->y + t * to->stride, some, (__m128i)_mm_cvtneps_pbh(_mm_add_ps(start, sums(a, b, c, d))));
-}
-
-/* ROWS rows of weights; with strides of zero, one row as often. */
-typedef struct {
-    const uint8_t *weights, *scales;
-    long stride, scale_stride;
-} Strip;
-
-/* Fetch what is to be read STRIPS_AHEAD strips later: each step along the ROWS rows takes one line of 64 bytes. */
-BF16_INLINE void prefetch_strip(Strip w, long l) {
-    _mm_prefetch((const char *)w.weights + STRIPS_AHEAD * ROWS * w.stride + l * ROWS / 2, _MM_HINT_T1);
-    if (l % (16 * BLOCK) == 0)
-        _mm_prefetch((const char *)w.scales + STRIPS_AHEAD * ROWS * w.scale_stride + l * ROWS / BLOCK, _MM_HINT_T1);
 }
 
 /* `tokens` rows of x times a strip, packed (then x is in the order of `decode`) or dense. */
@@ -179,9 +155,9 @@ BF16_TARGET static void dot_bf16(const void *arguments, long index, void *scratc
                 else if (packed && tokens == 2)
                     DOT_FEW(2);
                 else if (packed)
-                    CASES(tokens, DOT_PACKED)
+                    CASES_6(tokens, DOT_PACKED)
                 else
-                    CASES(tokens, DOT_DENSE)
+                    CASES_6(tokens, DOT_DENSE)
             }
         }
     }
@@ -303,9 +279,9 @@ BF16_TARGET static void columns_bf16(const void *arguments, long index, void *sc
 #define TWO(T) tile_columns(T, 2, w, x, rows, length, bias, y)
 #define ONE(T) tile_columns(T, 1, w, x, rows, length, bias, y)
             if (blocks == PANEL)
-                CASES(tokens, TWO)
+                CASES_6(tokens, TWO)
             else
-                CASES(tokens, ONE)
+                CASES_6(tokens, ONE)
         } else {
             blocks = left >= PANEL ? PANEL : 1;
             fill_panel(e, block, blocks, rows, length, scratch);
@@ -313,7 +289,7 @@ BF16_TARGET static void columns_bf16(const void *arguments, long index, void *sc
             for (long tile = 0, n = 0, some; tile < tiles; tile++, n += some) {
                 some = (tokens - n + tiles - tile - 1) / (tiles - tile);
 #define PANELS(T) tile_panel(T, scratch, x + n * rows, rows, length, blocks, bias, y + n * length)
-                CASES(some, PANELS)
+                CASES_6(some, PANELS)
             }
         }
     }
@@ -401,6 +377,6 @@ BF16_TARGET static void linear_bf16(const void *arguments, long index, void *scr
         for (long tile = 0, n = 0, tokens; tile < tiles; tile++, n += tokens) {
             tokens = (p->num_rows - n + tiles - tile - 1) / (tiles - tile);
 #define LINEAR(T) tile_linear(T, p, n, r)
-            CASES(tokens, LINEAR)
+            CASES_6(tokens, LINEAR)
         }
 }

@@ -37,15 +37,3 @@ INLINE void linear_store(const Linear *p, const int half, long n, long r, long d
     for (int i = 0; i < ROWS && r + i < p->rows; i++) linear_store_one(p, half, n, r + i, done, sums[i]);
 }
 
-/* For processors whose registers hold 256 bits or less, and for those of 512. */
-#define WIDTH 8
-#define TOKENS_AT_A_TIME 3
-#define NAMED(name) name##_8
-#include "linear_tiles.h"
-#undef WIDTH
-#undef TOKENS_AT_A_TIME
-#undef NAMED
-#define WIDTH 16
-#define TOKENS_AT_A_TIME 6
-#define NAMED(name) name##_16
-#include "linear_tiles.h"

@@ -1,11 +1,16 @@
-/* Included by linear.h, once for each width of vectors, of which TOKENS_AT_A_TIME x ROWS sums fit into the registers. */
-typedef float NAMED(Floats) __attribute__((vector_size(4 * WIDTH), aligned(4)));
+/* Linear layers in vectors of WIDTH floats: included by widths.h. */
+#if WIDTH > 4
 typedef uint32_t NAMED(Words) __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint16_t NAMED(Halves) __attribute__((vector_size(2 * WIDTH), aligned(2)));
+#endif
 
 INLINE void NAMED(load_vector)(NAMED(Floats) *to, const char *from, const int half) {
     if (half)
+#if WIDTH == 4
+        *to = widened_4((const uint16_t *)from);
+#else
         *to = (NAMED(Floats))(__builtin_convertvector(*(const NAMED(Halves) *)from, NAMED(Words)) << 16);
+#endif
     else
         *to = *(const NAMED(Floats) *)from;
 }
@@ -39,16 +44,9 @@ INLINE void NAMED(linear_strip)(const int half, const Linear *p, long r) {
     const long tiles = (p->num_rows + TOKENS_AT_A_TIME - 1) / TOKENS_AT_A_TIME;
     for (long tile = 0, n = 0, tokens; tile < tiles; tile++, n += tokens) {
         tokens = (p->num_rows - n + tiles - tile - 1) / (tiles - tile);
-        switch (tokens) {
-        case 1: NAMED(linear_tile)(1, half, p, n, r); break;
-        case 2: NAMED(linear_tile)(2, half, p, n, r); break;
-        case 3: NAMED(linear_tile)(3, half, p, n, r); break;
-#if TOKENS_AT_A_TIME > 3
-        case 4: NAMED(linear_tile)(4, half, p, n, r); break;
-        case 5: NAMED(linear_tile)(5, half, p, n, r); break;
-        default: NAMED(linear_tile)(6, half, p, n, r);
-#endif
-        }
+#define LINEAR_TILE(T) NAMED(linear_tile)(T, half, p, n, r)
+        CASES(tokens, LINEAR_TILE)
+#undef LINEAR_TILE
     }
 }
 

@@ -4,8 +4,7 @@
  * A factor is [E, rank, length] in float32, rows are bfloat16 or float32, sorted by expert. Lengths are multiples of 16. */
 #pragma once
 #include "common.h"
-#include "float32.h"
-
+#include "common.h"
 typedef struct {
     const int32_t *offsets; /* [E] the rows of expert e end before offsets[e] */
     long num_experts, rank, length;
@@ -24,25 +23,17 @@ INLINE long expert_of(const LowRank *p, long row, long expert) {
     return expert;
 }
 
-/* hidden[n, r] = sum_l rows[n, l] factor[r, l], for up to four rows of one expert. */
-INLINE void low_rank_in(const LowRank *p, const float *factor, long n, long count, int half, float *scratch) {
-    const long length = p->length;
-    const float *x = (const float *)p->rows + n * length;
-    if (half) {
-        for (long i = 0; i < count * length; i++) scratch[i] = load(p->rows, n * length + i, 1);
-        x = scratch;
-    }
-    for (long r = 0, many; r < p->rank; r += many) {
-        many = p->rank - r < ROWS ? p->rank - r : ROWS;
-        float *y = p->hidden + n * p->rank + r;
-        const float *w = factor + r * length;
-        switch (count) {
-        case 1: tile_dot_f32(1, w, x, length, NULL, y, p->rank, many); break;
-        case 2: tile_dot_f32(2, w, x, length, NULL, y, p->rank, many); break;
-        case 3: tile_dot_f32(3, w, x, length, NULL, y, p->rank, many); break;
-        default: tile_dot_f32(4, w, x, length, NULL, y, p->rank, many);
-        }
-    }
+/* How many rows from n on, up to `most`, are of one expert: the first from *expert on that has row n. */
+INLINE long low_rank_some(const LowRank *p, long n, long end, long most, long *expert) {
+    *expert = expert_of(p, n, *expert);
+    const long stop = p->offsets[*expert] < end ? p->offsets[*expert] : end;
+    return stop - n < most ? stop - n : most;
+}
+
+/* Where the rows of a unit end. */
+INLINE long low_rank_end(const LowRank *p, long index) {
+    const long last = p->num_experts ? p->offsets[p->num_experts - 1] : 0;
+    return (index + 1) * LOW_RANK_ROWS < last ? (index + 1) * LOW_RANK_ROWS : last;
 }
 
 /* rows[n, l] += sum_r hidden[n, r] factor[r, l], for some rows of one expert. */
@@ -66,18 +57,11 @@ INLINE void low_rank_out(const LowRank *p, const float *factor, long n, const in
 }
 
 /* One unit: some rows, of whichever experts. */
-INLINE void low_rank_rows(const LowRank *p, long index, int in, int half, float *scratch) {
-    const long last = p->num_experts ? p->offsets[p->num_experts - 1] : 0;
-    const long end = (index + 1) * LOW_RANK_ROWS < last ? (index + 1) * LOW_RANK_ROWS : last;
+INLINE void low_rank_out_rows(const LowRank *p, long index, int half) {
+    const long end = low_rank_end(p, index);
     for (long n = index * LOW_RANK_ROWS, e = 0, count; n < end; n += count) {
-        e = expert_of(p, n, e);
-        const long stop = p->offsets[e] < end ? p->offsets[e] : end;
-        const float *factor = p->factor + e * p->rank * p->length;
-        count = stop - n < 4 ? stop - n : 4;
-        if (in)
-            low_rank_in(p, factor, n, count, half, scratch);
-        else
-            low_rank_out(p, factor, n, (int)count, half);
+        count = low_rank_some(p, n, end, 4, &e);
+        low_rank_out(p, p->factor + e * p->rank * p->length, n, (int)count, half);
     }
 }
 
@@ -99,12 +83,8 @@ INLINE void low_rank_sums(const LowRank *p, long index, int half) {
     }
 }
 
-INLINE void low_rank_in_unit(const LowRank *p, long index, float *scratch) {
-    p->half ? low_rank_rows(p, index, 1, 1, scratch) : low_rank_rows(p, index, 1, 0, scratch);
-}
-
 INLINE void low_rank_out_unit(const LowRank *p, long index) {
-    p->half ? low_rank_rows(p, index, 0, 1, NULL) : low_rank_rows(p, index, 0, 0, NULL);
+    p->half ? low_rank_out_rows(p, index, 1) : low_rank_out_rows(p, index, 0);
 }
 
 INLINE void low_rank_sums_unit(const LowRank *p, long index) {

@@ -5,7 +5,6 @@
  */
 #include "activation.h"
 #include "common.h"
-#include "float32.h"
 #include "format.h"
 #include "linear.h"
 #include "low_rank.h"
@@ -14,6 +13,7 @@
 #include "rotary.h"
 #include "routes.h"
 #include "threads.h"
+#include "widths.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -27,8 +27,11 @@ int gptoss_init(void) {
     create_scratch_key();
     for (int s = 0; s < 256; s++) {
         SCALE[s] = s == 255 ? NAN : ldexpf(1.0f, s - 128);
-        for (int code = 0; code < 16; code++)
+        for (int code = 0; code < 16; code++) {
             TABLE[s][code] = to_bf16(HALVES[code] * SCALE[s]);
+            SPLIT[s][0][code] = (uint8_t)TABLE[s][code];
+            SPLIT[s][1][code] = (uint8_t)(TABLE[s][code] >> 8);
+        }
     }
 #if X86
     __builtin_cpu_init();
@@ -47,9 +50,11 @@ int gptoss_init(void) {
 }
 
 #define FOR_TARGET(name, width, target)                                                                             \
-    target static void dot_##name(const void *p, long index, void *scratch) { dot_f32(p, index, scratch); }  \
+    target static void dot_##name(const void *p, long index, void *scratch) {                                \
+        dot_##width(p, index, scratch);                                                                      \
+    }                                                                                                        \
     target static void columns_##name(const void *p, long index, void *scratch) {                            \
-        columns_f32(p, index, scratch);                                                                      \
+        columns_##width(p, index, scratch);                                                                  \
     }                                                                                                        \
     target static void activation_##name(const void *a, long index, void *scratch) {                         \
         (void)scratch;                                                                                       \
@@ -68,7 +73,7 @@ int gptoss_init(void) {
         combine_unit(c, index);                                                                              \
     }                                                                                                        \
     target static void rank_in_##name(const void *p, long index, void *scratch) {                            \
-        low_rank_in_unit(p, index, scratch);                                                                 \
+        low_rank_in_unit_##width(p, index, scratch);                                                                 \
     }                                                                                                        \
     target static void rank_out_##name(const void *p, long index, void *scratch) {                           \
         (void)scratch;                                                                                       \
@@ -92,10 +97,10 @@ int gptoss_init(void) {
     }                                                                                                        \
     target static void paged_##name(const void *p, long index, void *scratch) { paged_unit(p, index, scratch); }
 
-FOR_TARGET(plain, 8, )
+FOR_TARGET(plain, 4, )
 #if X86
-FOR_TARGET(avx2, 8, __attribute__((target("avx2,fma"))))
-FOR_TARGET(avx512, 16, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))))
+FOR_TARGET(avx2, 8, AVX2_TARGET)
+FOR_TARGET(avx512, 16, AVX512_TARGET)
 #endif
 
 enum { HUGE = 1 << 21 }; /* bytes of a huge page */
@@ -403,7 +408,7 @@ int gptoss_low_rank(int which, int kind, const LowRank *low_rank, fork_join para
     Job job = {.unit = kind == RANK_IN ? best.rank_in : kind == RANK_OUT ? best.rank_out : best.rank_sums,
                .arguments = low_rank,
                .num_units = kind == RANK_SUMS ? experts * ((length + LOW_RANK_STRIP - 1) / LOW_RANK_STRIP) : blocks,
-               .scratch_bytes = kind == RANK_IN ? 4 * (size_t)length * sizeof(float) : 0};
+               .scratch_bytes = kind == RANK_IN ? 6 * (size_t)length * sizeof(float) : 0};
     return run(&team, &job);
 }
 

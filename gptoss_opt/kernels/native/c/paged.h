@@ -5,7 +5,7 @@
  * (Milakov and Gimelshein 2018), and starts as if only the sink had been seen. */
 #pragma once
 #include "activation.h"
-#include "float32.h"
+#include "common.h"
 
 typedef struct {
     const void *q;                 /* [T, H, D] */
