@@ -34,7 +34,8 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, which: int) -> None:
         weight = norm.weight.to(dtype)
         exact = norm.weight * x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
         found = rms_norm(x, weight, 1e-5, instruction_set=which)
-    assert found.dtype == dtype and found.shape == x.shape
+    assert found.dtype == dtype
+    assert found.shape == x.shape
     assert relative(found.double(), exact) < BOUND[dtype]
     # Negative controls: the mean and the weight count.
     assert relative(rms_norm(x, weight, 1.0, instruction_set=which).double(), exact) > 10 * BOUND[dtype]
@@ -86,7 +87,8 @@ def test_rotation(dim: int, rows: int, dtype: torch.dtype, which: int) -> None:
     angle = torch.randn(rows, 5, dim // 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     found, exact = rotate(x, cos, sin, instruction_set=which), exactly_rotated(x, cos, sin)
-    assert found.dtype == dtype and found.is_contiguous()
+    assert found.dtype == dtype
+    assert found.is_contiguous()
     assert relative(found.double(), exact) < BOUND[dtype]
     assert relative(rotate(x, cos, -sin, instruction_set=which).double(), exact) > 10 * BOUND[dtype]
     if rows == 2:

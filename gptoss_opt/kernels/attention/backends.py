@@ -141,7 +141,7 @@ class Native(Torch):
         return native.why_not(request.device_type, request.dtype, request.head_dim)
 
     def kernel_for(self, q: Tensor) -> SinkKernel:
-        """The native kernel, which knows what to leave to torch's; on another device than it was chosen for, torch's."""
+        """The native kernel, which leaves to torch's what it does not take; torch's on another device than a CPU."""
         return CPU_NATIVE if q.device.type == "cpu" else super().kernel_for(q)
 
 

@@ -34,19 +34,20 @@ def forward(
     functions, best, parallel = native.library()
     batch, heads, _, dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
-    row = range(batch)
-    table = (ctypes.c_int32 * batch)(*row)
-    blocks = (ctypes.c_int32 * (4 * batch))(*(value for b in row for value in (b, b, 1, num_keys - 1)))
+    table, starts = (ctypes.c_int32 * batch)(*range(batch)), (ctypes.c_int32 * batch)()
+    blocks = (ctypes.c_int32 * (4 * batch))(*(value for row in range(batch) for value in (row, row, 1, num_keys - 1)))
+    tensors = (
+        admit("q", q.squeeze(2), q.dtype, (batch, heads, dim)),
+        admit("k", k, q.dtype, (batch, kv_heads, num_keys, dim), strided=False),
+        admit("v", v, q.dtype, k.shape, strided=False),
+        admit("sinks", sinks.to(torch.float32), torch.float32, (heads,)),
+    )
+    out, lse = q.new_empty(batch, heads, dim), q.new_empty(batch, heads, 1, dtype=torch.float32)
     arguments = native.PagedArguments(
-        admit("q", q.squeeze(2), q.dtype, (batch, heads, dim)).data_ptr(),
-        admit("k", k, q.dtype, (batch, kv_heads, num_keys, dim), strided=False).data_ptr(),
-        admit("v", v, q.dtype, k.shape, strided=False).data_ptr(),
-        (sinks := admit("sinks", sinks.to(torch.float32), torch.float32, (heads,))).data_ptr(),
-        ctypes.addressof(table),
-        ctypes.addressof(starts := (ctypes.c_int32 * batch)()),
-        ctypes.addressof(blocks),
-        (out := q.new_empty(batch, heads, dim)).data_ptr(),
-        (lse := q.new_empty(batch, heads, 1, dtype=torch.float32)).data_ptr(),
+        *map(Tensor.data_ptr, tensors),
+        *map(ctypes.addressof, (table, starts, blocks)),
+        out.data_ptr(),
+        lse.data_ptr(),
         heads,
         kv_heads,
         dim,
