@@ -21,6 +21,7 @@ BENCHMARKS = {
     "parallel": "sharded models on two processes, beside transformers' expert parallelism (--layers N)",
     "batching": "continuous batching, beside vLLM and transformers",
     "finetune": "LoRA on attention and experts, beside transformers and peft",
+    "whole": "a whole model for one user: decoding and a prompt, beside transformers, llama.cpp and vLLM",
     "mapped": "a packed checkpoint read and mapped: first token, memory, decoding",
     "packing": "packing the experts of a dense layer of the 20b",
     "loss": "head and loss over the vocabulary, beside transformers and torch's linear_cross_entropy",

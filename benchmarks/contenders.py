@@ -1,4 +1,4 @@
-"""Who takes part in `benchmarks.batching`: each holds its model in a process of its own, and runs when told to."""
+"""Who takes part in `batching` and `whole`: each holds its model in a process of its own, and runs when told to."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,20 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, GptOssForCa
 
 from benchmarks.apart import Apart
 from benchmarks.harness import device
-from gptoss_opt import ContinuousBatcher, load, with_fast_experts, with_flash_attention, with_mxfp4_experts
+from gptoss_opt import (
+    ContinuousBatcher,
+    load,
+    with_fast_experts,
+    with_fast_linears,
+    with_flash_attention,
+    with_mxfp4_experts,
+)
 
 VLLM_PYTHON = "GPTOSS_OPT_VLLM_PYTHON"
 """The environment variable that names the Python of vLLM's environment; see the README for how to make one."""
+
+LLAMA_PYTHON = "GPTOSS_OPT_LLAMA_PYTHON"
+"""The same for an environment with llama-cpp-python and gguf."""
 
 KV_MEMORY = 1 << 30
 
@@ -65,7 +76,7 @@ def ours(checkpoints: Checkpoints, *, packed: bool, **options: Any) -> Runs:
     """ContinuousBatcher on packed or dense experts."""
     wrapper = with_mxfp4_experts() if packed else with_fast_experts()
     folder = checkpoints.packed if packed else checkpoints.dense
-    model = load(folder, wrapper, with_flash_attention(), device=device())
+    model = load(folder, wrapper, with_flash_attention(), with_fast_linears(), device=device())
     settings = {"kv_memory": KV_MEMORY if device().type == "cpu" else "auto", "share_prefixes": False, **options}
 
     def serve(asks: Sequence[Ask]) -> list[list[int]]:
@@ -78,8 +89,31 @@ def ours(checkpoints: Checkpoints, *, packed: bool, **options: Any) -> Runs:
     return timed(serve)
 
 
-def _transformers(checkpoints: Checkpoints) -> Any:
-    model: Any = GptOssForCausalLM.from_pretrained(checkpoints.dense, dtype=torch.bfloat16).eval()
+def generating(checkpoints: Checkpoints, *, packed: bool) -> Runs:
+    """`generate` of a wrapped model, one request after the other."""
+    wrapper, folder = (with_mxfp4_experts(), checkpoints.packed) if packed else (with_fast_experts(), checkpoints.dense)
+    return timed(
+        partial(_generate, load(folder, wrapper, with_flash_attention(), with_fast_linears(), device=device()))
+    )
+
+
+def transformers(checkpoints: Checkpoints, *, experts: str) -> Runs:
+    """transformers' `generate`, with one of its ways to compute the experts."""
+    return timed(partial(_generate, _transformers(checkpoints, experts_implementation=experts)))
+
+
+def _generate(model: Any, asks: Sequence[Ask]) -> list[list[int]]:
+    outputs = []
+    for prompt, count in asks:
+        tokens = torch.tensor([prompt], device=model.device)
+        exactly: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "eos_token_id": None}
+        made = model.generate(tokens, do_sample=False, pad_token_id=0, **exactly)
+        outputs.append(made[0, len(prompt) :].tolist())
+    return outputs
+
+
+def _transformers(checkpoints: Checkpoints, **options: Any) -> Any:
+    model: Any = GptOssForCausalLM.from_pretrained(checkpoints.dense, dtype=torch.bfloat16, **options).eval()
     model.generation_config.eos_token_id = None
     return model.to(device())
 
@@ -134,11 +168,22 @@ def generate_batch(checkpoints: Checkpoints) -> Runs:
 
 
 def vllm(checkpoints: Checkpoints) -> Runs:
-    """vLLM's CPU build, run by a script in its own environment."""
+    """vLLM's CPU build, run by a script in its own environment, on dense weights: it has packed ones on few CPUs."""
+    binding = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"}
+    return _by_script(VLLM_PYTHON, "vllm_cpu.py", checkpoints.dense, binding)
+
+
+def llama(checkpoints: Checkpoints) -> Runs:
+    """llama.cpp, run by a script in its own environment, on the same packed bits."""
+    return _by_script(
+        LLAMA_PYTHON, "llamacpp.py", checkpoints.packed, {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    )
+
+
+def _by_script(python: str, name: str, checkpoint: Path, settings: Mapping[str, str]) -> Runs:
+    """A script of peers/, which reads JSON lines and writes some: the Python of its environment is in a variable."""
     results, num_read = Path(tempfile.mkdtemp(), "results.jsonl"), 0
-    script = Path(__file__).parent / "peers" / "vllm_cpu.py"
-    command = [os.environ[VLLM_PYTHON], str(script), str(checkpoints.dense), str(results)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"}
+    command = [os.environ[python], str(Path(__file__).parent / "peers" / name), str(checkpoint), str(results)]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": results.parent}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env={**os.environ, **settings}, **quiet)
     requests = process.stdin
@@ -152,7 +197,7 @@ def vllm(checkpoints: Checkpoints) -> Runs:
                 num_read += 1
                 return json.loads(lines[num_read - 1])
             if process.poll() is not None:
-                raise RuntimeError(f"vLLM ended with {process.returncode}. Run this to see why: {' '.join(command)}")
+                raise RuntimeError(f"{name} ended with {process.returncode}. Run this to see why: {' '.join(command)}")
             time.sleep(0.05)
 
     def run(asks: Sequence[Ask]) -> Outcome:

@@ -50,7 +50,11 @@ def why_no_linears(model: nn.Module) -> Iterator[str]:
 def set_linears(model: nn.Module, journal: Journal) -> Iterator[str]:
     """Let linear layers compute few rows by the native library; says what was changed, in sentences."""
     most = max_rows(linear_request(model).dtype)
-    functions = {nn.Linear: few_rows_faster, GptOssTopKRouter: few_rows_routed, GptOssRMSNorm: natively_normed}
+    functions: dict[type[nn.Module], Callable[..., Any]] = {
+        nn.Linear: few_rows_faster,
+        GptOssTopKRouter: few_rows_routed,
+        GptOssRMSNorm: natively_normed,
+    }
     for kind, function in functions.items():
         modules = _computing_as(kind, model)
         for path, _ in modules:
