@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -89,8 +90,8 @@ def write(folder: Path, to: Path) -> None:
     for name, values in found.items():
         layer, _, rest = name.removeprefix("model.layers.").partition(".")
         if "experts" not in name:
-            parts = (rest.rpartition(".")[0], rest.rpartition(".")[2]) if rest not in NAMES else (rest, "")
-            target = NAMES.get(name) or f"blk.{layer}.{'.'.join(filter(None, (NAMES[parts[0]], parts[1])))}"
+            module, _, last = rest.rpartition(".")
+            target = NAMES.get(name) or f"blk.{layer}.{NAMES.get(rest) or f'{NAMES[module]}.{last}'}"
             if name.endswith(PRODUCTS):
                 writer.add_tensor(target, np.ascontiguousarray(values).view(np.uint8), raw_dtype=kinds.BF16)
             else:
@@ -129,7 +130,7 @@ def main() -> None:
             answer(results, {"seconds": time.perf_counter() - begin, "outputs": outputs})
 
 
-def generate(model: object, prompt: list[int], count: int) -> list[int]:
+def generate(model: Any, prompt: list[int], count: int) -> list[int]:
     """The likeliest tokens, one after the other."""
     model.reset()
     model.eval(prompt)

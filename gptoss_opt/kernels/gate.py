@@ -35,7 +35,8 @@ def admit(
         (1,)
     """
     if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_neg():
-        kind = f"a {type(tensor).__name__}" if type(tensor) not in PLAIN else f"negated, or {tensor.layout}"
+        view = "a negated view" if tensor.is_neg() else f"in layout {tensor.layout}"
+        kind = view if type(tensor) in PLAIN else f"a {type(tensor).__name__}"
         raise ValueError(f"{name} is {kind}, whose memory native code cannot read. Hand it a plain, dense tensor.")
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} is {list(tensor.shape)}, and should be {list(shape)}.")

@@ -39,7 +39,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, instruction_set: int | None =
     """
     functions, best, parallel = library()
     batch, heads, num_tokens, dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     arguments = RotaryArguments(
         x.data_ptr(),
         cos.data_ptr(),

@@ -23,7 +23,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 
 from ..core import Journal
-from ..core.journal import ClassForward
 from ..kernels.attention import (
     BACKENDS,
     AttentionRequest,
@@ -35,7 +34,7 @@ from ..kernels.attention import (
 from ..kernels.paged_attention import Paged, paged_attention
 from ..kernels.rotary import is_served, rotate
 from .host import config_paths
-from .modules import NO_LAYERS, WRAPPED, attention_modules, decoder_path, execution_device
+from .modules import NO_LAYERS, WRAPPED, attention_modules, decoder_path, execution_device, is_plain
 from .packing import Packing, packing_of, readable
 
 KEY = "gptoss_opt:{}"
@@ -95,7 +94,7 @@ def set_rotation(model: nn.Module, journal: Journal) -> tuple[str, ...]:
     modules = [
         (path, module)
         for path, module in attention_modules(model)
-        if type(module).forward is GptOssAttention.forward and ROTATION in _FORWARD.__code__.co_names
+        if type(module).forward is _FORWARD and ROTATION in _NAMED
     ]
     for path, _ in modules:
         journal.around(model, path, natively_rotated, None)
@@ -111,6 +110,8 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwarg
 
 ROTATION = apply_rotary_pos_emb.__name__
 _FORWARD = cast(FunctionType, GptOssAttention.forward)
+_NAMED = {name: _FORWARD.__globals__[name] for name in _FORWARD.__code__.co_names if name in _FORWARD.__globals__}
+"""What the names in that forward mean."""
 _ROTATED_FORWARD = FunctionType(
     _FORWARD.__code__,
     {**_FORWARD.__globals__, ROTATION: _rotated},
@@ -118,15 +119,17 @@ _ROTATED_FORWARD = FunctionType(
     _FORWARD.__defaults__,
     _FORWARD.__closure__,
 )
+_ROTATED_FORWARD.__kwdefaults__ = _FORWARD.__kwdefaults__
 """The forward of transformers' attention, but that the name of the rotation in it means ours."""
 
 
 def natively_rotated(
     _: None, module: Any, inner: Callable[..., tuple[Tensor, Any]], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """The forward of an attention layer with our rotation, unless something else computes it meanwhile."""
-    own = isinstance(inner, ClassForward) and apply_rotary_pos_emb is _FORWARD.__globals__[ROTATION]
-    return _ROTATED_FORWARD(module, *args, **kwargs) if own else inner(*args, **kwargs)
+    """The forward of an attention layer with our rotation, unless it means something else by now, or trains."""
+    same = all(_FORWARD.__globals__.get(name) is meant for name, meant in _NAMED.items())
+    ours = same and is_plain(module, inner, _FORWARD)
+    return _ROTATED_FORWARD(module, *args, **kwargs) if ours else inner(*args, **kwargs)
 
 
 PARAMETERS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")

@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTo
 from ..core.journal import Around, Journal
 from ..kernels.linear import LinearRequest, is_faster, max_rows, product
 from ..kernels.norm import is_served, rms_norm
-from .modules import Named, execution_device
+from .modules import Named, execution_device, is_plain
 
 LINEARS = "the linear layers"
 """A slot of a model: see `Wrapper`."""
@@ -21,18 +21,20 @@ NORMS = "the norms"
 """A slot of a model."""
 
 
+Forward = Callable[..., Any]
+LINEAR: Forward = nn.Linear.forward
+ROUTER: Forward = GptOssTopKRouter.forward
+NORM: Forward = GptOssRMSNorm.forward
+
+
 def linear_modules(model: nn.Module) -> Named:
     """All that compute as `nn.Linear` does."""
-    return _computing_as(nn.Linear, model)
+    return _computing_as(LINEAR, model)
 
 
-def _computing_as(kind: type[nn.Module], model: nn.Module) -> Named:
-    """Modules of a kind, or derived from it, with its forward."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, kind) and type(module).forward is kind.forward
-    ]
+def _computing_as(forward: Forward, model: nn.Module) -> Named:
+    """The modules with this forward."""
+    return [(path, module) for path, module in model.named_modules() if type(module).forward is forward]
 
 
 def linear_request(model: nn.Module) -> LinearRequest:
@@ -50,26 +52,23 @@ def why_no_linears(model: nn.Module) -> Iterator[str]:
 def set_linears(model: nn.Module, journal: Journal) -> Iterator[str]:
     """Let linear layers compute few rows by the native library; says what was changed, in sentences."""
     most = max_rows(linear_request(model).dtype)
-    functions: dict[type[nn.Module], Callable[..., Any]] = {
-        nn.Linear: few_rows_faster,
-        GptOssTopKRouter: few_rows_routed,
-        GptOssRMSNorm: natively_normed,
-    }
-    for kind, function in functions.items():
-        modules = _computing_as(kind, model)
+    functions: dict[Forward, Forward] = {LINEAR: few_rows_faster, ROUTER: few_rows_routed, NORM: natively_normed}
+    for forward, function in functions.items():
+        modules = _computing_as(forward, model)
         for path, _ in modules:
             journal.around(model, path, function, None)
         names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path, _ in modules))
         rows = "" if function is natively_normed else f"up to {most} rows "
         if modules:
-            yield f"{names} ({len(modules)}): {rows}by the native library, unless gradients are recorded"
+            yield f"{names} ({len(modules)}): {rows}by the native library, unless it trains"
 
 
 def few_rows_faster(_: None, module: Any, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
     """A linear layer's forward, natively where that is faster."""
     # Attributes, not parameters: of a sharded model they are what this rank holds.
     weight, bias = module.weight, module.bias
-    return product(input, weight, bias) if is_faster(input, weight, bias) else inner(input)
+    ours = is_plain(module, inner, LINEAR) and is_faster(input, weight, bias)
+    return product(input, weight, bias) if ours else inner(input)
 
 
 def few_rows_routed(
@@ -77,7 +76,7 @@ def few_rows_routed(
 ) -> tuple[Tensor, ...]:
     """A router's forward, with its product natively where that is faster: logits, weights and indices of experts."""
     weight, bias = module.weight, module.bias
-    if not is_faster(hidden_states, weight, bias):
+    if not (is_plain(module, inner, ROUTER) and is_faster(hidden_states, weight, bias)):
         return inner(hidden_states)
     logits = product(hidden_states, weight, bias)
     values, indices = torch.topk(logits, module.top_k, dim=-1)
@@ -86,12 +85,9 @@ def few_rows_routed(
 
 def natively_normed(_: None, module: Any, inner: Callable[..., Tensor], hidden_states: Tensor) -> Tensor:
     """A norm's forward, natively where nothing needs torch's operations."""
-    weight = module.weight
-    return (
-        rms_norm(hidden_states, weight, module.variance_epsilon)
-        if is_served(hidden_states, weight)
-        else inner(hidden_states)
-    )
+    if not (is_plain(module, inner, NORM) and is_served(hidden_states, module.weight)):
+        return inner(hidden_states)
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
 def without_faster(inner: Callable[..., Any]) -> Callable[..., Any]:

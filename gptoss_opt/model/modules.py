@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssExperts
+
+from ..core.journal import ClassForward
 
 Named = list[tuple[str, Any]]
 """Paths and modules."""
@@ -22,6 +25,14 @@ def execution_device(module: nn.Module, weight: Tensor) -> torch.device:
     hook: Any = getattr(module, "_hf_hook", None)
     found = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
     return next((torch.device(device) for device in found if device is not None), weight.device)
+
+
+def is_plain(module: nn.Module, inner: Callable[..., Any], forward: Callable[..., Any]) -> bool:
+    """Whether `inner`, around which a forward of ours lies, is still this one of the module's class, and not training.
+
+    While it trains, a layer computes the same whether gradients are recorded or not: checkpointing relies on that.
+    """
+    return not module.training and isinstance(inner, ClassForward) and type(module).forward is forward
 
 
 def attention_modules(model: nn.Module) -> Named:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from ..tracing import is_traced
 from .backends import BACKENDS, KERNELS, AttentionRequest
 from .impl.reference import reference_attention
 from .op import sink_attention
@@ -49,7 +50,7 @@ def attention(
         torch.Size([1, 8, 5, 16])
     """
     _check(q, k, v, sinks, visible, window)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         # The products are what autocast lowers; a rotary embedding in float32 leaves q and k in another dtype than v.
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
@@ -65,7 +66,7 @@ def attention(
     # The kernels read rows: their last dim must be contiguous, and no one below checks.
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor or q.is_meta:
+    if torch.is_grad_enabled() or is_traced(q, k, v, sinks):
         return sink_attention(q, k, v, sinks, *visible, scale, window, backend)[0]
     # The operator is for autograd and tracing; without either, a decode step need not pay for it.
     return KERNELS[backend](q).forward(q, k, v, sinks, rules)[0]

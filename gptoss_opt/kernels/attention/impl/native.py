@@ -23,8 +23,10 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
 
 def serves(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
     """Whether `forward` takes these: one query, nothing hidden but by the window, keys without gaps between them."""
-    one = q.shape[2] == 1 and k.shape[2] > 0 and rules.visible.everything
-    return one and why_not(q.device.type, q.dtype, q.shape[3]) is None and k.is_contiguous() and v.is_contiguous()
+    if q.shape[2] != 1 or not k.shape[2] or not rules.visible.everything or q.is_neg():
+        return False
+    there = all(x.is_contiguous() and not x.is_neg() for x in (k, v))
+    return there and why_not(q.device.type, q.dtype, q.shape[3]) is None
 
 
 def forward(
