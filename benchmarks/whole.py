@@ -34,7 +34,7 @@ from benchmarks.contenders import (
     vllm,
 )
 from benchmarks.harness import gemm_rate, read_rate
-from benchmarks.load import bytes_per_token
+from benchmarks.load import apart, bytes_per_token
 from benchmarks.machine import Machine
 from gptoss_opt import load, with_mxfp4_experts
 from gptoss_opt.testing import SIZES, random_checkpoint
@@ -48,15 +48,25 @@ OF_READ_RATE = 0.80
 def checkpoints(folder: Path) -> Checkpoints:
     """A random checkpoint, as released and dequantised."""
     packed = random_checkpoint(folder / "packed", "20b", layers=LAYERS, progress=True)
-    model: Any = load(packed)
-    model.save_pretrained(folder / "dense")
+    apart(dequantise, packed, folder / "dense")
     return Checkpoints(packed, folder / "dense")
+
+
+def dequantise(packed: Path, dense: Path) -> None:
+    """Write the same weights dense."""
+    model: Any = load(packed)
+    model.save_pretrained(dense)
+
+
+def bytes_of_a_token(packed: Path) -> float:
+    """What one token must read of a packed model."""
+    return bytes_per_token(load(packed, with_mxfp4_experts()))
 
 
 @functools.cache
 def bytes_read(packed: Path) -> float:
-    """What one token must read of a packed model."""
-    return bytes_per_token(load(packed, with_mxfp4_experts()))
+    """The same, by a process that gives its memory back: peers need it."""
+    return float(apart(bytes_of_a_token, packed))
 
 
 def prompt(length: int) -> list[int]:
@@ -85,8 +95,9 @@ class Beside(Case):
         found: dict[str, dict[str, list[float]]] = {"decode": {}, "prefill": {}}
         rates, needed = [], bytes_read(checkpoints(self.folder).packed)
         with ExitStack() as stack:
-            both = {"ours": Contender(generating, checkpoints(self.folder), packed=True)}
-            both[self.peer] = Contender(self.make, checkpoints(self.folder))
+            # The peer loads first: some need twice their weights for that.
+            made_of = checkpoints(self.folder)
+            both = {self.peer: Contender(self.make, made_of), "ours": Contender(generating, made_of, packed=True)}
             for one in both.values():
                 stack.enter_context(closing(one))
             for _ in range(2 * repeats):

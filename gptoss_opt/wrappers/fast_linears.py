@@ -43,12 +43,12 @@ class FastLinears(Wrapper):
 
 @takes_model
 def with_fast_linears(*, backend: str = "auto") -> FastLinears:
-    """Linear layers of attention and the head, for few rows (decoding), at the speed of the memory, on CPUs.
+    """Linear layers of attention, router and head, for few rows (decoding), at the speed of the memory, on CPUs.
 
     A decode step reads every weight once, and torch's products of few rows read them at less than the memory gives. On
     processors where the native product was measured to be faster it computes up to a number of rows, which `explain`
-    names; more rows, and all where gradients are recorded, stay torch's. Weights, checkpoint, training and adapters
-    stay as they are.
+    names; the norms between them are computed natively too, in one pass. More rows stay torch's, and so does all that
+    trains. Weights, checkpoint and adapters stay as they are.
 
     Args:
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a
