@@ -14,13 +14,24 @@ KNOWN = {
 
 
 @cache
-def processor() -> str:
-    """The name of this CPU's kind in `KNOWN`, or "another processor"."""
+def _fields() -> dict[str, str]:
+    """What Linux says of the first processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    # The first processor's, from the keys before the colons.
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+
+
+@cache
+def processor() -> str:
+    """The name of this CPU's kind in `KNOWN`, or "another processor"."""
+    fields = _fields()
     return named(fields.get("vendor_id", ""), fields.get("cpu family", ""), fields.get("flags", ""))
+
+
+@cache
+def has(flag: str) -> bool:
+    """Whether this CPU has an instruction set, by its name in /proc/cpuinfo; False where there is no such file."""
+    return flag in _fields().get("flags", "").split()
 
 
 def named(vendor: str, family: str, flags: str) -> str:

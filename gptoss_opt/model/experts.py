@@ -23,6 +23,7 @@ from ..kernels.experts import (
     is_traced,
 )
 from ..kernels.mxfp4 import BLOCK
+from ..kernels.native import computes_on
 from ..layout import MXFP4
 from .changes import change_of
 from .host import config_paths
@@ -93,7 +94,8 @@ def set_experts(model: nn.Module, backend: str, journal: Journal) -> tuple[str, 
         journal.set(model, path, "_experts_implementation", key)
     for path, _ in expert_modules(model):
         journal.set(model, path, WRAPPED, True)
-    return (f"config._experts_implementation: {before} -> {key}, on the model's own copy of the config",)
+    changed = f"config._experts_implementation: {before} -> {key}, on the model's own copy of the config"
+    return (changed, f"experts: by the native library, on {computes_on()}") if backend == "native" else (changed,)
 
 
 def fill_experts(model: nn.Module, journal: Attachment) -> tuple[str, ...]:

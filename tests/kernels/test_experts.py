@@ -10,6 +10,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from gptoss_opt import explain, with_mxfp4_experts
 from gptoss_opt.kernels import native as native_library
 from gptoss_opt.kernels.experts import (
     DENSE_BACKENDS,
@@ -34,7 +36,7 @@ from gptoss_opt.kernels.experts.impl.native import NATIVE as native
 from gptoss_opt.kernels.experts.impl.native import NATIVE_DENSE as native_dense
 from gptoss_opt.kernels.experts.impl.reference import REFERENCE as reference
 from gptoss_opt.kernels.mxfp4 import FP4_VALUES, pack
-from tests.helpers import assert_as_exact, differentiate, relative
+from tests.helpers import assert_as_exact, differentiate, relative, tiny_model
 
 ALPHA, LIMIT = 1.702, 7.0
 
@@ -691,6 +693,24 @@ def test_dense_weights_cast_after_wrapping_are_refused(grad: bool) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_calls_of_many_sizes_at_once_keep_out_of_each_others_memory() -> None:
+    needs(0)
+    problem = Problem("a hundred tokens", torch.float32)
+    sizes = [1, 100, 3, 60, 100, 2, 31, 99] * 5
+
+    def some(size: int) -> Tensor:
+        rows = slice(0, size)
+        x, indices, weights = problem.inputs[0][rows], problem.indices[rows], problem.inputs[1][rows]
+        return native.fused(x, indices, weights, *problem.packed, ALPHA, LIMIT)
+
+    expected = {size: some(size) for size in sizes}
+    with ThreadPoolExecutor(4) as pool:
+        for size, found in zip(sizes, pool.map(some, sizes), strict=True):
+            assert torch.equal(found, expected[size])
+    # Negative control: rows differ, so that those of another call would be noticed.
+    assert len(expected[100].unique(dim=0)) > 90
+
+
 def test_scratch_memory_goes_with_its_thread() -> None:
     packed = PackedWeights(
         torch.zeros(1, 64, 256, 16, dtype=torch.uint8), torch.full((1, 64, 256), 127, dtype=torch.uint8)
@@ -715,6 +735,19 @@ def test_scratch_memory_goes_with_its_thread() -> None:
 
 
 # The library itself.
+
+
+def test_explain_says_which_instructions_compute_and_why_not_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs(0)
+    real = native_library.library()
+    for best, name in enumerate(native_library.INSTRUCTION_SETS):
+        monkeypatch.setattr(native_library, "library", lambda best=best: real._replace(best=best))
+        monkeypatch.setattr(native_library, "has", lambda flag: False)
+        assert native_library.computes_on() == name
+        monkeypatch.setattr(native_library, "has", lambda flag: flag == "amx_bf16")
+        assert ("Linux refused" in native_library.computes_on()) == (name != "AMX")
+    row = explain(with_mxfp4_experts(tiny_model())).rows[0]
+    assert "experts: by the native library, on AMX" in row.changed
 
 
 def test_a_library_that_cannot_be_loaded_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,9 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..processor import has
+
 MODULE = "gptoss_opt.kernels.native._native"
 DTYPES = (torch.bfloat16, torch.float32)
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
+AMX = INSTRUCTION_SETS[-1]
 BFLOAT16 = INSTRUCTION_SETS.index("AVX-512 BF16")
 """The first that multiplies bfloat16."""
 TILE_ROWS = 16
@@ -121,6 +124,19 @@ def library() -> Library:
     loaded = _loaded()
     assert isinstance(loaded, Library), loaded
     return loaded
+
+
+def computes_on() -> str:
+    """The instruction set that the library uses, in words; and, where the CPU has AMX and it is left aside, why.
+
+    Example:
+        >>> computes_on().startswith(INSTRUCTION_SETS)
+        True
+    """
+    best = INSTRUCTION_SETS[library().best]
+    if best == AMX or not has("amx_bf16"):
+        return best
+    return f"{best} (not on {AMX}: Linux refused this process its tiles, or the compiler was older than gcc 11)"
 
 
 @cache

@@ -324,14 +324,30 @@ int gptoss_product(int which, int columns, const void *x, void *y, const int32_t
     return product(&team, which, columns, x, y, offsets, weights, num_experts);
 }
 
+/* Memory that one call leaves to the next, as fresh pages cost more than small calls take, and in a virtual machine more
+ * than large ones. It is nobody's while it lies here. Its first bytes tell its size. */
+static _Atomic(char *) kept_room;
+
+enum { ROOM_HEAD = 64, ROOM_KEPT = 1 << 28 }; /* bytes; larger rooms are given back */
+
 /* Memory of at least `bytes` bytes, in whole lines; on huge pages where they are worth it and Linux gives them. */
-static void *room_for(size_t bytes) {
-    const size_t page = bytes < HUGE ? 64 : HUGE, whole = (bytes + page) / page * page;
-    void *room = aligned_alloc(page, whole);
+static char *room_for(size_t bytes) {
+    char *room = atomic_exchange(&kept_room, NULL);
+    if (room && *(size_t *)room >= bytes) return room + ROOM_HEAD;
+    free(room);
+    const size_t page = bytes < HUGE ? 64 : HUGE, whole = (bytes + ROOM_HEAD + page) / page * page;
+    room = aligned_alloc(page, whole);
+    if (!room) return NULL;
 #if defined(MADV_HUGEPAGE)
-    if (room && page == HUGE) madvise(room, whole, MADV_HUGEPAGE);
+    if (page == HUGE) madvise(room, whole, MADV_HUGEPAGE);
 #endif
-    return room;
+    *(size_t *)room = whole - ROOM_HEAD;
+    return room + ROOM_HEAD;
+}
+
+static void leave_room(char *memory) {
+    char *room = memory - ROOM_HEAD;
+    free(*(size_t *)room > ROOM_KEPT ? room : atomic_exchange(&kept_room, room));
 }
 
 /* A whole layer, forward: x [T, H] to out [T, H] by the experts `indices` [T, K], weighted by `routing_weights` [T, K].
@@ -372,7 +388,7 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
         status = product(&team, which, columns, in_order ? rows : activated, pairs, routes.offsets, down, num_experts);
     const Combining c = {&routes, pairs, routing_weights, out, hidden, half};
     if (!status) status = run_units(&team, implementation(which).combine, &c, num_tokens);
-    free(rows);
+    leave_room(rows);
     return status;
 }
 
