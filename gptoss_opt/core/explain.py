@@ -67,7 +67,7 @@ def explain(model: nn.Module) -> Explanation:
     Example:
         >>> print(explain(model))
         GptOssForCausalLM: no wrappers
-        >>> explain(with_flash_attention(model)).rows[0].backend
+        >>> explain(with_flash_attention(model, backend="torch")).rows[0].backend
         'torch'
     """
     inner = wrapped_model(model)

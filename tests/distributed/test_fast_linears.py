@@ -21,10 +21,10 @@ if native.why_not("cpu", torch.float32):
 
 def sharded(off: bool) -> Tensor:
     """Logits of 8 tokens; or of products of which one value is off."""
-    real = linears.linear
+    real = linears.product
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernel.MAX_ROWS, processor(), {torch.float32: 8})
-        patch.setattr(linears, "linear", lambda *args: real(*args) * (1.01 if off else 1))
+        patch.setattr(linears, "product", lambda *args: real(*args) * (1.01 if off else 1))
         with torch.no_grad():
             logits: Tensor = with_fast_linears(shard_tensor_parallel(tiny_model(**UNEVEN)))(ids()[:1, :8]).logits
     return logits
