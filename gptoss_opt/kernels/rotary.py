@@ -11,7 +11,9 @@ from .native import DTYPES, RotaryArguments, library
 
 def is_served(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotate` can compute with these: no gradients, on a CPU."""
-    if not is_direct(x, cos, sin) or x.dtype not in DTYPES or x.dim() != 4 or not x.numel() or x.stride(3) != 1:
+    if not all(map(is_direct, (x, cos, sin))) or not x.dtype == cos.dtype == sin.dtype or x.dtype not in DTYPES:
+        return False
+    if x.dim() != 4 or not x.numel() or x.stride(3) != 1:
         return False
     batch, _, num_tokens, dim = x.shape
     angles = [(rows, num_tokens, dim // 2) for rows in (1, batch)]
@@ -39,7 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, instruction_set: int | None =
     """
     functions, best, parallel = library()
     batch, heads, num_tokens, dim = x.shape
-    out = x.new_empty(x.shape)
+    out, cos, sin = x.new_empty(x.shape), cos.contiguous(), sin.contiguous()
     arguments = RotaryArguments(
         x.data_ptr(),
         cos.data_ptr(),

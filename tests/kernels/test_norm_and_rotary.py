@@ -90,6 +90,8 @@ def test_rotation(dim: int, rows: int, dtype: torch.dtype, which: int) -> None:
     assert found.dtype == dtype
     assert found.is_contiguous()
     assert relative(found.double(), exact) < BOUND[dtype]
+    gaps = [one.mT.contiguous().mT for one in (cos, sin)]
+    assert torch.equal(rotate(x, *gaps, instruction_set=which), found)
     assert relative(rotate(x, cos, -sin, instruction_set=which).double(), exact) > 10 * BOUND[dtype]
     if rows == 2:
         assert relative(rotate(x, cos.flip(0), sin.flip(0), instruction_set=which).double(), exact) > 10 * BOUND[dtype]
@@ -100,6 +102,7 @@ def test_rotation_leaves_to_torch_what_it_cannot_do() -> None:
     assert is_rotation_served(x, angle, angle)
     assert not is_rotation_served(x, angle[:, :4], angle[:, :4])
     assert not is_rotation_served(x, angle, angle[:1])
+    assert not is_rotation_served(x, angle, angle.double())
     assert not is_rotation_served(x[..., ::2], angle[..., :4].contiguous(), angle[..., :4].contiguous())
     assert not is_rotation_served(x[:, :, :0], angle[:, :0], angle[:, :0])
     assert not is_rotation_served(x.requires_grad_(), angle, angle)
