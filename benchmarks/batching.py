@@ -8,7 +8,6 @@ vLLM takes part where GPTOSS_OPT_VLLM_PYTHON names the Python of an environment 
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import statistics
@@ -23,10 +22,20 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.case import Case, Point, Settings
-from benchmarks.contenders import VLLM_PYTHON, Ask, Checkpoints, Contender, generate_batch, ours, static, vllm
+from benchmarks.contenders import (
+    VLLM_PYTHON,
+    Ask,
+    Checkpoints,
+    Contender,
+    checkpoints,
+    generate_batch,
+    ours,
+    static,
+    vllm,
+)
 from benchmarks.harness import device, median_ratio
 from gptoss_opt import ContinuousBatcher, load, with_flash_attention, with_mxfp4_experts
-from gptoss_opt.testing import SIZES, random_checkpoint
+from gptoss_opt.testing import SIZES
 
 PACKED, DENSE = "ours, packed experts", "ours, dense experts"
 VLLM, GENERATE_BATCH = "vLLM", "transformers generate_batch"
@@ -62,15 +71,6 @@ def of_lengths(vocabulary: int, lengths: Sequence[int], new_tokens: int) -> list
     """Prompts of these lengths, and the same number of new tokens for each."""
     draw = random.Random(0)
     return [Ask([draw.randrange(vocabulary) for _ in range(length)], new_tokens) for length in lengths]
-
-
-@functools.cache
-def checkpoints(folder: Path, size: str) -> Checkpoints:
-    """A random checkpoint, as released and dequantised."""
-    packed = random_checkpoint(folder / "packed", size, progress=True)
-    model: Any = load(packed)
-    model.save_pretrained(folder / "dense")
-    return Checkpoints(packed, folder / "dense")
 
 
 def judge_of(made: Checkpoints) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, GptOssForCa
 
 from benchmarks.apart import Apart
 from benchmarks.harness import device
+from benchmarks.load import apart
 from gptoss_opt import (
     ContinuousBatcher,
     load,
@@ -26,6 +27,7 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
+from gptoss_opt.testing import random_checkpoint
 
 VLLM_PYTHON = "GPTOSS_OPT_VLLM_PYTHON"
 """The environment variable that names the Python of vLLM's environment; see the README for how to make one."""
@@ -61,6 +63,19 @@ class Checkpoints(NamedTuple):
     dense: Path
 
 
+@functools.cache
+def checkpoints(folder: Path, size: str, layers: int | None = None) -> Checkpoints:
+    """A random checkpoint, as released, and dequantised by a process that gives its memory back."""
+    made = Checkpoints(random_checkpoint(folder / "packed", size, layers, progress=True), folder / "dense")
+    apart(_dequantise, made)
+    return made
+
+
+def _dequantise(checkpoints: Checkpoints) -> None:
+    model: Any = load(checkpoints.packed)
+    model.save_pretrained(checkpoints.dense)
+
+
 def timed(serve: Callable[[Sequence[Ask]], list[list[int]]]) -> Runs:
     """The same, timed from outside."""
 
@@ -93,13 +108,15 @@ def generating(checkpoints: Checkpoints, *, packed: bool) -> Runs:
     """`generate` of a wrapped model, one request after the other."""
     wrapper, folder = (with_mxfp4_experts(), checkpoints.packed) if packed else (with_fast_experts(), checkpoints.dense)
     return timed(
-        partial(_generate, load(folder, wrapper, with_flash_attention(), with_fast_linears(), device=device()))
+        functools.partial(
+            _generate, load(folder, wrapper, with_flash_attention(), with_fast_linears(), device=device())
+        )
     )
 
 
 def transformers(checkpoints: Checkpoints, *, experts: str) -> Runs:
     """transformers' `generate`, with one of its ways to compute the experts."""
-    return timed(partial(_generate, _transformers(checkpoints, experts_implementation=experts)))
+    return timed(functools.partial(_generate, _transformers(checkpoints, experts_implementation=experts)))
 
 
 def _generate(model: Any, asks: Sequence[Ask]) -> list[list[int]]:

@@ -25,9 +25,9 @@ from benchmarks.contenders import (
     LLAMA_PYTHON,
     VLLM_PYTHON,
     Ask,
-    Checkpoints,
     Contender,
     Runs,
+    checkpoints,
     generating,
     llama,
     transformers,
@@ -37,25 +37,11 @@ from benchmarks.harness import gemm_rate, read_rate
 from benchmarks.load import apart, bytes_per_token
 from benchmarks.machine import Machine
 from gptoss_opt import load, with_mxfp4_experts
-from gptoss_opt.testing import SIZES, random_checkpoint
+from gptoss_opt.testing import SIZES
 
 LAYERS, PROMPT, LONG_PROMPT, NEW_TOKENS = 4, 16, 512, 32
 ASKED = {"decode": {"llama.cpp": 1.15}, "prefill": dict.fromkeys(("llama.cpp", "vLLM", "transformers"), 1.5)}
 OF_READ_RATE = 0.80
-
-
-@functools.cache
-def checkpoints(folder: Path) -> Checkpoints:
-    """A random checkpoint, as released and dequantised."""
-    packed = random_checkpoint(folder / "packed", "20b", layers=LAYERS, progress=True)
-    apart(dequantise, packed, folder / "dense")
-    return Checkpoints(packed, folder / "dense")
-
-
-def dequantise(packed: Path, dense: Path) -> None:
-    """Write the same weights dense."""
-    model: Any = load(packed)
-    model.save_pretrained(dense)
 
 
 def bytes_of_a_token(packed: Path) -> float:
@@ -93,10 +79,10 @@ class Beside(Case):
             return [{"absent": f"{self.needs} is not set"}]
         few, many, long = (Ask(prompt(PROMPT), 1), Ask(prompt(PROMPT), 1 + NEW_TOKENS), Ask(prompt(LONG_PROMPT), 1))
         found: dict[str, dict[str, list[float]]] = {"decode": {}, "prefill": {}}
-        rates, needed = [], bytes_read(checkpoints(self.folder).packed)
+        made_of = checkpoints(self.folder, "20b", LAYERS)
+        rates, needed = [], bytes_read(made_of.packed)
         with ExitStack() as stack:
             # The peer loads first: some need twice their weights for that.
-            made_of = checkpoints(self.folder)
             both = {self.peer: Contender(self.make, made_of), "ours": Contender(generating, made_of, packed=True)}
             for one in both.values():
                 stack.enter_context(closing(one))

@@ -61,6 +61,12 @@ def packed(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.concatenate([scales[..., None], halves], -1).reshape(*blocks.shape[:2], -1)
 
 
+def projections(name: str, values: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """The projections that a tensor of all experts holds: gate and up lie interleaved."""
+    parts = {"gate": values[:, ::2], "up": values[:, 1::2]} if "gate_up" in name else {"down": values}
+    return [(part, np.ascontiguousarray(some)) for part, some in parts.items()]
+
+
 def write(folder: Path, to: Path) -> None:
     """Write a checkpoint as one GGUF file."""
     config = json.loads((folder / "config.json").read_text())
@@ -97,16 +103,11 @@ def write(folder: Path, to: Path) -> None:
             else:
                 writer.add_tensor(target, widened(values))
         elif name.endswith("_blocks"):
-            whole = packed(values, found[name.replace("_blocks", "_scales")])
-            parts = {"gate": whole[:, ::2], "up": whole[:, 1::2]} if "gate_up" in name else {"down": whole}
-            for part, some in parts.items():
-                some = np.ascontiguousarray(some)
+            for part, some in projections(name, packed(values, found[name.replace("_blocks", "_scales")])):
                 writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", some, raw_dtype=kinds.MXFP4)
         elif name.endswith("_bias"):
-            whole = widened(values)
-            parts = {"gate": whole[:, ::2], "up": whole[:, 1::2]} if "gate_up" in name else {"down": whole}
-            for part, some in parts.items():
-                writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.bias", np.ascontiguousarray(some))
+            for part, some in projections(name, widened(values)):
+                writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.bias", some)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -96,9 +96,11 @@ def set_rotation(model: nn.Module, journal: Journal) -> tuple[str, ...]:
         for path, module in attention_modules(model)
         if type(module).forward is _FORWARD and ROTATION in _NAMED
     ]
+    if not modules:
+        return ()
     for path, _ in modules:
         journal.around(model, path, natively_rotated, None)
-    return (f"self_attn ({len(modules)}): the rotary embedding by the native library, unless gradients are recorded",)
+    return (f"self_attn ({len(modules)}): the rotary embedding by the native library, unless it trains",)
 
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

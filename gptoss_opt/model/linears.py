@@ -20,11 +20,11 @@ LINEARS = "the linear layers"
 NORMS = "the norms"
 """A slot of a model."""
 
-
 Forward = Callable[..., Any]
 LINEAR: Forward = nn.Linear.forward
 ROUTER: Forward = GptOssTopKRouter.forward
 NORM: Forward = GptOssRMSNorm.forward
+"""The forwards of which the native library computes the same function."""
 
 
 def linear_modules(model: nn.Module) -> Named:

@@ -106,9 +106,9 @@ def test_opcheck() -> None:
 
 
 def test_says_what_it_does_not_take() -> None:
-    assert "multiple of 16" in str(native.why_not("cpu", torch.float32, 24))
-    assert "float16" in str(native.why_not("cpu", torch.float16, 64))
-    assert "cuda" in str(native.why_not("cuda", torch.float32, 64))
+    assert "multiple of 16" in str(library.why_no_attention("cpu", torch.float32, 24))
+    assert "float16" in str(library.why_no_attention("cpu", torch.float16, 64))
+    assert "cuda" in str(library.why_no_attention("cuda", torch.float32, 64))
     q, k, v, sinks = inputs(1, 9, torch.float32)
     with pytest.raises(ValueError, match="k is torch.float64"):
         native.forward(q, k.double(), v, sinks.float(), Rules(SCALE, None, NOTHING_HIDDEN))

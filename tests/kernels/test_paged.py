@@ -130,8 +130,8 @@ def test_large_logits_neither_overflow_nor_vanish(large: float) -> None:
 
 @native_only
 def test_the_native_library_says_what_it_does_not_take() -> None:
-    assert "multiple of 16, not 24" in str(paged_native.why_not("cpu", torch.float32, 24))
-    assert "float64" in str(paged_native.why_not("cpu", torch.float64, 32))
+    assert "multiple of 16, not 24" in str(native.why_no_attention("cpu", torch.float32, 24))
+    assert "float64" in str(native.why_no_attention("cpu", torch.float64, 32))
 
 
 @pytest.mark.parametrize("window", [None, 6])

@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from ..native import why_no_attention
 from . import tiled, varlen
 from .impl import native
 from .impl.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FlashAttn4
@@ -138,7 +139,7 @@ class Native(Torch):
 
     def why_not(self, request: AttentionRequest) -> str | None:
         """The reason why it cannot serve, or None."""
-        return native.why_not(request.device_type, request.dtype, request.head_dim)
+        return why_no_attention(request.device_type, request.dtype, request.head_dim)
 
     def kernel_for(self, q: Tensor) -> SinkKernel:
         """The native kernel, which leaves to torch's what it does not take; torch's on another device than a CPU."""

@@ -26,6 +26,8 @@ INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 AMX = INSTRUCTION_SETS[-1]
 BFLOAT16 = INSTRUCTION_SETS.index("AVX-512 BF16")
 """The first that multiplies bfloat16."""
+LANES = 16
+"""Values of a head that attention takes at a time."""
 TILE_ROWS = 16
 """AMX takes rows in tiles of so many; room for them is needed for each expert."""
 
@@ -110,6 +112,13 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
         return f"takes {' and '.join(map(str, DTYPES))}, and the model is in {dtype}"
     loaded = _loaded()
     return loaded if isinstance(loaded, str) else None
+
+
+def why_no_attention(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason why the native library cannot serve attention, or None."""
+    if reason := why_not(device_type, dtype):
+        return reason
+    return f"needs a head_dim that is a multiple of {LANES}, not {head_dim}" if head_dim % LANES else None
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
+from ..native import why_no_attention
 from .impl import native, triton
 from .impl.torch import decode as torch_decode
 from .paged import Blocks, Chunk, Paged
@@ -23,7 +24,7 @@ def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         >>> choose_backend("cpu", torch.float64, 64)
         'torch'
     """
-    reasons = {"native": native.why_not(device_type, dtype, head_dim), "triton": triton.why_not(device_type, dtype)}
+    reasons = {"native": why_no_attention(device_type, dtype, head_dim), "triton": triton.why_not(device_type, dtype)}
     return next(name for name in BACKENDS if reasons.get(name) is None)
 
 

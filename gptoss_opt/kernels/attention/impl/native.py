@@ -11,22 +11,13 @@ from ... import native
 from ...gate import admit
 from ..visible import Rules
 
-LANES = 16
-
-
-def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """The reason why the native library cannot serve, or None."""
-    if reason := native.why_not(device_type, dtype):
-        return reason
-    return f"needs a head_dim that is a multiple of {LANES}, not {head_dim}" if head_dim % LANES else None
-
 
 def serves(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
     """Whether `forward` takes these: one query, nothing hidden but by the window, keys without gaps between them."""
     if q.shape[2] != 1 or not k.shape[2] or not rules.visible.everything or q.is_neg():
         return False
     there = all(x.is_contiguous() and not x.is_neg() for x in (k, v))
-    return there and why_not(q.device.type, q.dtype, q.shape[3]) is None
+    return there and native.why_no_attention(q.device.type, q.dtype, q.shape[3]) is None
 
 
 def forward(

@@ -6,12 +6,12 @@
 #define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")))
 #define BF16_INLINE INLINE BF16_TARGET
 
-enum { TOKENS = 6 };       /* rows of x at a time, at most: their sums with ROWS rows of weights fill the registers */
-enum { TOKEN_CHUNK = 96 }; /* rows of x that stay in the cache while weights pass */
-enum { PANEL = 2 };        /* blocks of columns at a time */
-enum { GROUP_BLOCKS = 8 }; /* blocks of columns in a unit of work */
+enum { TOKENS = 6 };          /* rows of x at a time, at most: their sums with ROWS rows of weights fill the registers */
+enum { TOKEN_CHUNK = 96 };    /* rows of x that stay in the cache while weights pass */
+enum { PANEL = 2 };           /* blocks of columns at a time */
+enum { GROUP_BLOCKS = 8 };    /* blocks of columns in a unit of work */
 enum { PACKED_AHEAD = 4096 }; /* bytes from a read of packed weights to its prefetch, where one row is read at a time */
-enum { ROWS_AHEAD = 16 };  /* rows from a read of dense weights to its prefetch */
+enum { ROWS_AHEAD = 16 };     /* rows from a read of dense weights to its prefetch */
 
 /* ---- weights in registers ------------------------------------------------------------------------------------- */
 
@@ -83,7 +83,8 @@ BF16_INLINE void tile_dot(const int tokens, const int packed, Strip w, const uin
     UNROLL for (int t = 0; t < tokens; t++) store_sums(sum[t][0], sum[t][1], sum[t][2], sum[t][3], &to, t);
 }
 
-/* As tile_dot for one or two rows of x and packed weights: row by row, as memory is fastest when it is read straight on. */
+/* As tile_dot for one or two rows of x and packed weights: row by row, as memory is fastest when it is read straight on,
+ * and each row in PARTS sums, as one would wait for itself. */
 BF16_INLINE void tile_dot_few(const int tokens, Strip w, const uint16_t *x, long length, Target to) {
     enum { PARTS = 4 };
     __m512 whole[2][ROWS];
@@ -98,14 +99,18 @@ BF16_INLINE void tile_dot_few(const int tokens, Strip w, const uint16_t *x, long
             _mm_prefetch((const char *)row + b * BYTES + PACKED_AHEAD, _MM_HINT_T0);
             UNROLL for (int i = 0; i < PARTS; i++) {
                 const __m512bh values = (__m512bh)decode(row + (b + i) * BYTES, (uint8_t)(some >> 8 * i));
-                UNROLL for (int t = 0; t < tokens; t++)
-                    sum[i][t] = _mm512_dpbf16_ps(sum[i][t], (__m512bh)_mm512_loadu_si512(x + t * length + (b + i) * BLOCK), values);
+                UNROLL for (int t = 0; t < tokens; t++) {
+                    const __m512i part = _mm512_loadu_si512(x + t * length + (b + i) * BLOCK);
+                    sum[i][t] = _mm512_dpbf16_ps(sum[i][t], (__m512bh)part, values);
+                }
             }
         }
         for (long b = even; b < blocks; b++) {
             const __m512bh values = (__m512bh)decode(row + b * BYTES, scales[b]);
-            UNROLL for (int t = 0; t < tokens; t++)
-                sum[0][t] = _mm512_dpbf16_ps(sum[0][t], (__m512bh)_mm512_loadu_si512(x + t * length + b * BLOCK), values);
+            UNROLL for (int t = 0; t < tokens; t++) {
+                const __m512i part = _mm512_loadu_si512(x + t * length + b * BLOCK);
+                sum[0][t] = _mm512_dpbf16_ps(sum[0][t], (__m512bh)part, values);
+            }
         }
         UNROLL for (int t = 0; t < tokens; t++)
             whole[t][r] = _mm512_add_ps(_mm512_add_ps(sum[0][t], sum[1][t]), _mm512_add_ps(sum[2][t], sum[3][t]));
@@ -333,28 +338,28 @@ BF16_INLINE void tile_linear(const int tokens, const Linear *p, long n, long r) 
 
 enum { FEW_TOKENS = 4 }; /* rows of x that are multiplied with one row of weights at a time */
 
-/* `tokens` rows of x times the r-th row of weights: read straight on, as memory is fastest. */
-BF16_INLINE void row_linear(const int tokens, const Linear *p, long r) {
-    enum { PARTS = 4 };
-    const long length = p->length, whole = length / BLOCK * BLOCK, even = length / (PARTS * BLOCK) * PARTS * BLOCK;
-    const uint16_t *x = p->x, *w = (const uint16_t *)p->weights + r * length;
-    __m512 sum[FEW_TOKENS][PARTS];
-    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int i = 0; i < PARTS; i++) sum[t][i] = _mm512_setzero_ps();
-    for (long l = 0; l < even; l += PARTS * BLOCK) UNROLL for (int i = 0; i < PARTS; i++) {
-        const long at = l + i * BLOCK;
-        _mm_prefetch((const char *)(w + at) + LINEAR_AHEAD, _MM_HINT_NTA);
-        const __m512bh row = (__m512bh)_mm512_loadu_si512(w + at);
-        UNROLL for (int t = 0; t < tokens; t++)
-            sum[t][i] = _mm512_dpbf16_ps(sum[t][i], (__m512bh)_mm512_loadu_si512(x + t * length + at), row);
-    }
-    for (long l = even; l < whole; l += BLOCK) {
-        const __m512bh row = (__m512bh)_mm512_loadu_si512(w + l);
-        UNROLL for (int t = 0; t < tokens; t++)
-            sum[t][0] = _mm512_dpbf16_ps(sum[t][0], (__m512bh)_mm512_loadu_si512(x + t * length + l), row);
+/* As tile_linear, to the bit: one row of weights after the other, as memory is fastest when it is read straight on. */
+BF16_INLINE void rows_linear(const int tokens, const Linear *p, long r) {
+    const long length = p->length, whole = length / BLOCK * BLOCK;
+    const uint16_t *x = p->x;
+    const char *w[ROWS];
+    linear_rows(p, r, w);
+    __m512 sum[FEW_TOKENS][ROWS];
+    for (int i = 0; i < ROWS; i++) {
+        __m512 part[FEW_TOKENS];
+        UNROLL for (int t = 0; t < tokens; t++) part[t] = _mm512_setzero_ps();
+        for (long l = 0; l < whole; l += BLOCK) {
+            _mm_prefetch(w[i] + 2 * l + LINEAR_AHEAD, _MM_HINT_NTA);
+            const __m512bh row = (__m512bh)_mm512_loadu_si512(w[i] + 2 * l);
+            UNROLL for (int t = 0; t < tokens; t++)
+                part[t] = _mm512_dpbf16_ps(part[t], (__m512bh)_mm512_loadu_si512(x + t * length + l), row);
+        }
+        UNROLL for (int t = 0; t < tokens; t++) sum[t][i] = part[t];
     }
     UNROLL for (int t = 0; t < tokens; t++) {
-        const __m512 all = _mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), _mm512_add_ps(sum[t][2], sum[t][3]));
-        linear_store_one(p, 1, t, r, whole, _mm512_reduce_add_ps(all));
+        float to[ROWS];
+        _mm_storeu_ps(to, sums(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
+        linear_store(p, 1, t, r, whole, to);
     }
 }
 
@@ -364,12 +369,10 @@ BF16_TARGET static void linear_bf16(const void *arguments, long index, void *scr
     const Linear *p = arguments;
     const long each = linear_each(p), first = index * each, last = first + each < p->rows ? first + each : p->rows;
     if (p->num_rows <= FEW_TOKENS) {
-        for (long r = first; r < last; r++) switch (p->num_rows) {
-            case 1: row_linear(1, p, r); break;
-            case 2: row_linear(2, p, r); break;
-            case 3: row_linear(3, p, r); break;
-            default: row_linear(4, p, r);
-            }
+        for (long r = first; r < last; r += ROWS) {
+#define ROWS_LINEAR(T) rows_linear(T, p, r)
+            CASES_4(p->num_rows, ROWS_LINEAR)
+        }
         return;
     }
     const long tiles = (p->num_rows + TOKENS - 1) / TOKENS;

@@ -36,4 +36,3 @@ INLINE void linear_store_one(const Linear *p, const int half, long n, long r, lo
 INLINE void linear_store(const Linear *p, const int half, long n, long r, long done, const float sums[ROWS]) {
     for (int i = 0; i < ROWS && r + i < p->rows; i++) linear_store_one(p, half, n, r + i, done, sums[i]);
 }
-

@@ -4,7 +4,7 @@
  * A factor is [E, rank, length] in float32, rows are bfloat16 or float32, sorted by expert. Lengths are multiples of 16. */
 #pragma once
 #include "common.h"
-#include "common.h"
+
 typedef struct {
     const int32_t *offsets; /* [E] the rows of expert e end before offsets[e] */
     long num_experts, rank, length;

@@ -11,16 +11,8 @@ from ... import native
 from ...gate import admit
 from ..paged import Blocks, Chunk, Paged
 
-LANES = 16
 ROWS = 32
 """About how many rows (a query head of one query each) a unit of work has: as many as stay in the first-level cache."""
-
-
-def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """The reason why the native library cannot serve, or None."""
-    if reason := native.why_not(device_type, dtype):
-        return reason
-    return f"needs a head_dim that is a multiple of {LANES}, not {head_dim}" if head_dim % LANES else None
 
 
 def blocks_of(context_lens: Tensor, chunks: Sequence[Chunk], group_size: int) -> Blocks:
