@@ -349,6 +349,7 @@ def test_native_product(dtype: torch.dtype, which: int) -> None:
     # Numbers of rows and of outputs around the sizes of tiles and of what a thread takes at a time.
     shapes = [(1, 1, counts) for counts in ([0], [1], [2], [3, 5], [4, 6, 7], [9, 0, 13])]
     shapes += [(out, 3, [1, 2, 5]) for out in (2, 3, 5, 31, 33, 65)]
+    shapes += [(out, 2, [6, 7, 13]) for out in (15, 17, 63, 64, 65, 127, 129, 200)]
     shapes += [(6, 2, [95]), (6, 5, [96]), (7, 1, [97, 193])]
     for num_out, num_blocks, counts in shapes:
         for with_bias in (True, False):

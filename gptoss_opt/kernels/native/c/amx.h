@@ -5,7 +5,7 @@
 #pragma once
 #include "bfloat16.h"
 
-enum { TILE = 16 }; /* rows of a tile; also the least rows of x of an expert that are worth tiles */
+enum { TILE = LANES }; /* rows of a tile; also the least rows of x of an expert that are worth tiles */
 
 #if defined(PLAY_TILES)
 #define AMX_TARGET BF16_TARGET
@@ -62,29 +62,6 @@ static const TileConfig TILES = {.palette = 1,
 
 /* Where tile `k` of some rows begins: the last one overlaps the one before, so that all are whole. */
 INLINE long tile_at(long k, long rows) { return (k + 1) * TILE <= rows ? k * TILE : rows - TILE; }
-
-/* v[i][j] becomes v[j][i]. */
-AMX_INLINE void transpose_words(__m512i v[TILE]) {
-    __m512i a[TILE], b[TILE];
-    UNROLL for (int i = 0; i < 8; i++) {
-        a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 2; j++) {
-        b[4 * i + 2 * j] = _mm512_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
-        b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
-    }
-    /* b[4 i + j] has, in each of its four parts p, column 4 p + j of rows 4 i to 4 i + 3. */
-    UNROLL for (int j = 0; j < 4; j++) {
-        const __m512i low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), odd = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-        const __m512i high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-        const __m512i odd_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-        v[j] = _mm512_shuffle_i32x4(low, high, 0x88);
-        v[8 + j] = _mm512_shuffle_i32x4(low, high, 0xdd);
-        v[4 + j] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
-        v[12 + j] = _mm512_shuffle_i32x4(odd, odd_high, 0xdd);
-    }
-}
 
 /* ---- dot: weights and x in tiles --------------------------------------------------------------- */
 
@@ -193,8 +170,7 @@ AMX_TARGET static void columns_amx(const void *arguments, long index, void *scra
         return;
     }
     const uint16_t *x = (const uint16_t *)p->x + e->begin * rows, *panel = scratch;
-    enum { ACROSS_PANEL = 2 * PANEL * BLOCK / 2 }; /* columns of a panel */
-    float sums[2][TILE][ACROSS_PANEL] __attribute__((aligned(64)));
+    float sums[2][TILE][PANEL_WIDTH] __attribute__((aligned(64)));
     tile_begin();
     for (long block = first, blocks; block < last; block += blocks) {
         blocks = last - block >= PANEL ? PANEL : 1;
@@ -229,10 +205,7 @@ AMX_TARGET static void columns_amx(const void *arguments, long index, void *scra
                     __m512 sum[2 * PANEL];
                     uint16_t *y = (uint16_t *)p->y + (e->begin + n[t] + i) * length + block * BLOCK;
                     UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[v] = _mm512_load_ps(&sums[t][i][v * TILE]);
-                    if (blocks == PANEL)
-                        store_columns(PANEL, sum, bias, y);
-                    else
-                        store_columns(1, sum, bias, y);
+                    store_columns(2 * PANEL, sum, bias, y, blocks * BLOCK);
                 }
         }
     }

@@ -7,8 +7,8 @@
 #define BF16_INLINE INLINE BF16_TARGET
 
 enum { TOKENS = 6 };          /* rows of x at a time, at most: their sums with ROWS rows of weights fill the registers */
-enum { TOKEN_CHUNK = 96 };    /* rows of x that stay in the cache while weights pass */
 enum { PANEL = 2 };           /* blocks of columns at a time */
+enum { PANEL_WIDTH = PANEL * BLOCK };
 enum { GROUP_BLOCKS = 8 };    /* blocks of columns in a unit of work */
 enum { PACKED_AHEAD = 4096 }; /* bytes from a read of packed weights to its prefetch, where one row is read at a time */
 enum { ROWS_AHEAD = 16 };     /* rows from a read of dense weights to its prefetch */
@@ -35,6 +35,120 @@ BF16_INLINE __m512i ordered(const uint16_t *values) {
 BF16_INLINE __m512i weights_at(const Expert *e, long at) {
     return e->scales ? decode(e->weights + at * BYTES, e->scales[at])
                      : ordered((const uint16_t *)e->weights + at * BLOCK);
+}
+
+/* ---- panels --------------------------------------------------------------------------------------------------- */
+
+/* v[i][j] becomes v[j][i]. */
+BF16_INLINE void transpose_words(__m512i v[LANES]) {
+    __m512i a[LANES], b[LANES];
+    UNROLL for (int i = 0; i < 8; i++) {
+        a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 2; j++) {
+        b[4 * i + 2 * j] = _mm512_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+        b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+    }
+    /* b[4 i + j] has, in each of its four parts p, column 4 p + j of rows 4 i to 4 i + 3. */
+    UNROLL for (int j = 0; j < 4; j++) {
+        const __m512i low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), odd = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
+        const __m512i high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+        const __m512i odd_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+        v[j] = _mm512_shuffle_i32x4(low, high, 0x88);
+        v[8 + j] = _mm512_shuffle_i32x4(low, high, 0xdd);
+        v[4 + j] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
+        v[12 + j] = _mm512_shuffle_i32x4(odd, odd_high, 0xdd);
+    }
+}
+
+/* The weights of PANEL blocks of columns: rows two by two, interleaved, each block as its 16 low and 16 high columns. */
+BF16_INLINE void fill_panel(const Expert *e, long block, long num_blocks, long rows, long length, uint16_t *panel) {
+    for (long r = 0; r < rows; r += 2)
+        for (long b = 0; b < PANEL; b++, panel += 2 * BLOCK) {
+            __m512i even = _mm512_setzero_si512(), odd = even;
+            if (b < num_blocks) {
+                const long at = r * length / BLOCK + block + b, next = at + length / BLOCK;
+                const char *ahead = (const char *)e->weights + (e->scales ? at * BYTES + 16 * length / 2
+                                                                          : (at * BLOCK + 16 * length) * 2);
+                _mm_prefetch(ahead, _MM_HINT_T0);
+                even = weights_at(e, at);
+                if (r + 1 < rows) odd = weights_at(e, next);
+            }
+            _mm512_store_si512(panel, _mm512_unpacklo_epi16(even, odd));
+            _mm512_store_si512(panel + BLOCK, _mm512_unpackhi_epi16(even, odd));
+        }
+}
+
+/* The same of PANEL_WIDTH rows, seen as columns; packed ones in the order of `decode`. Past the last, the last again. */
+BF16_INLINE void fill_panel_across(const Expert *e, long first, long last, long length, uint16_t *panel) {
+    const long blocks = length / BLOCK, block_bytes = e->scales ? BYTES : 2 * BLOCK;
+    for (long v = 0; v < 2 * PANEL; v++)
+        for (long b = 0; b < blocks; b++) {
+            const long next = (first + (v + 1) * LANES) * blocks + b * LANES; /* as much of the next rows, straight on */
+            for (long at = 0; at < LANES * block_bytes; at += 64)
+                _mm_prefetch((const char *)e->weights + next * block_bytes + at, _MM_HINT_T0);
+            __m512i words[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) {
+                const long row = first + v * LANES + i, at = (row < last ? row : last - 1) * blocks + b;
+                words[i] = e->scales ? decode(e->weights + at * BYTES, e->scales[at])
+                                     : _mm512_loadu_si512((const uint16_t *)e->weights + at * BLOCK);
+            }
+            transpose_words(words);
+            UNROLL for (int j = 0; j < LANES; j++)
+                _mm512_store_si512(panel + ((b * LANES + j) * 2 * PANEL + v) * BLOCK, words[j]);
+        }
+}
+
+/* x[n, r] and x[n, r + 1] everywhere; past the last row of weights, zero. */
+BF16_INLINE __m512bh pair(const uint16_t *x, long r, long rows) {
+    uint32_t both;
+    if (r + 1 < rows)
+        memcpy(&both, x + r, 4);
+    else
+        both = x[r];
+    return (__m512bh)_mm512_set1_epi32((int)both);
+}
+
+/* y[0..count] = sums + bias. */
+BF16_INLINE void store_columns(const int vectors, const __m512 *sum, const uint16_t *bias, uint16_t *y, long count) {
+    UNROLL for (int v = 0; v < vectors; v++) {
+        const long left = count - LANES * v;
+        const __mmask16 some = (__mmask16)(left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
+        __m512 out = sum[v];
+        if (bias) {
+            __m256i start = _mm256_maskz_loadu_epi16(some, bias + LANES * v);
+            out = _mm512_add_ps(out, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(start), 16)));
+        }
+        _mm256_mask_storeu_epi16(y + LANES * v, some, (__m256i)_mm512_cvtneps_pbh(out));
+    }
+}
+
+/* `tokens` rows of x times a panel: y[t, 0..count]. */
+BF16_INLINE void tile_panel(const int tokens, const uint16_t *panel, const uint16_t *x, long rows, long length,
+                            const uint16_t *bias, uint16_t *y, long count) {
+    __m512 sum[TOKENS][2 * PANEL];
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_setzero_ps();
+    for (long r = 0; r < rows; r += 2, panel += 2 * PANEL * BLOCK) {
+        __m512i w[2 * PANEL];
+        UNROLL for (int v = 0; v < 2 * PANEL; v++) w[v] = _mm512_load_si512(panel + v * BLOCK);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            const __m512bh both = pair(x + t * rows, r, rows);
+            UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_dpbf16_ps(sum[t][v], both, (__m512bh)w[v]);
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++) store_columns(2 * PANEL, sum[t], bias, y + t * length, count);
+}
+
+/* All of `tokens` rows of x [tokens, rows] times a panel, to y [tokens, 0..count]. */
+BF16_INLINE void multiply_panel(const uint16_t *panel, const uint16_t *x, long tokens, long rows, uint16_t *y,
+                                long stride, long count, const uint16_t *bias) {
+    const long tiles = (tokens + TOKENS - 1) / TOKENS;
+    for (long tile = 0, n = 0, some; tile < tiles; tile++, n += some) {
+        some = (tokens - n + tiles - tile - 1) / (tiles - tile);
+#define PANELS(T) tile_panel(T, panel, x + n * rows, rows, stride, bias, y + n * stride, count)
+        CASES_6(some, PANELS)
+    }
 }
 
 /* ---- dot ------------------------------------------------------------------------------------------------------ */
@@ -118,79 +232,50 @@ BF16_INLINE void tile_dot_few(const int tokens, Strip w, const uint16_t *x, long
     UNROLL for (int t = 0; t < tokens; t++) store_sums(whole[t][0], whole[t][1], whole[t][2], whole[t][3], &to, t);
 }
 
-/* A strip as dense rows, in the order of `decode`. */
-BF16_INLINE Strip decoded(const Expert *e, long first, long count, long length, uint16_t *room) {
-    for (long at = first * length / BLOCK, i = 0; i < count * length / BLOCK; i++) {
-        _mm_prefetch((const char *)e->weights + (at + i) * BYTES + ROWS * length, _MM_HINT_T1);
-        _mm512_store_si512(room + i * BLOCK, decode(e->weights + (at + i) * BYTES, e->scales[at + i]));
+/* Some rows of weights, times all rows of x, of which there are no more than TOKENS. */
+BF16_INLINE void dot_few(const Product *p, const Expert *e, long first, long last) {
+    const long length = p->length, tokens = e->end - e->begin;
+    const uint16_t *x = (const uint16_t *)p->x + e->at * length;
+    for (long r = first, count; r < last; r += count) {
+        count = last - r < ROWS ? 1 : ROWS; /* what is left of ROWS at the end goes one by one */
+        const Target to = {(uint16_t *)p->y + e->begin * p->rows + r, p->rows, count,
+                           e->bias ? (const uint16_t *)e->bias + r : NULL};
+        if (!e->scales) {
+            const Strip w = {e->weights + r * length * 2, NULL, count == ROWS ? 2 * length : 0, 0};
+#define DOT_DENSE(T) tile_dot(T, 0, w, x, length, to)
+            CASES_6(tokens, DOT_DENSE)
+            continue;
+        }
+        const Strip w = {e->weights + r * length / 2, e->scales + r * length / BLOCK, count == ROWS ? length / 2 : 0,
+                         count == ROWS ? length / BLOCK : 0};
+#define DOT_FEW(T) tile_dot_few(T, w, x, length, to)
+#define DOT_PACKED(T) tile_dot(T, 1, w, x, length, to)
+        if (tokens <= 2)
+            CASES_2(tokens, DOT_FEW)
+        else
+            CASES_6(tokens, DOT_PACKED)
     }
-    return (Strip){(const uint8_t *)room, NULL, count == ROWS ? 2 * length : 0, 0};
 }
 
 /* One unit: GROUP_ROWS rows of one expert's weights, times all its rows of x. */
-BF16_TARGET static void dot_bf16(const void *arguments, long index, void *scratch) {
+BF16_TARGET static void dot_bf16(const void *arguments, long index, void *panel) {
     const Product *p = arguments;
     const Expert *e = &p->experts[index / p->units_each];
-    const long length = p->length, first = index % p->units_each * GROUP_ROWS;
+    const long length = p->length, tokens = e->end - e->begin, first = index % p->units_each * GROUP_ROWS;
     const long last = first + GROUP_ROWS < p->rows ? first + GROUP_ROWS : p->rows;
-    for (long chunk = e->begin; chunk < e->end; chunk += TOKEN_CHUNK) {
-        const long end = chunk + TOKEN_CHUNK < e->end ? chunk + TOKEN_CHUNK : e->end;
-        /* For few rows of x the weights are decoded on the way, for more only once. */
-        const int packed = e->scales && end - chunk <= TOKENS;
-        for (long r = first, count; r < last; r += count) {
-            /* What is left of ROWS at the end goes one by one. */
-            count = last - r < ROWS ? 1 : ROWS;
-            Strip w = {e->weights + r * length * 2, NULL, count == ROWS ? 2 * length : 0, 0};
-            if (packed)
-                w = (Strip){e->weights + r * length / 2, e->scales + r * length / BLOCK,
-                            count == ROWS ? length / 2 : 0, count == ROWS ? length / BLOCK : 0};
-            else if (e->scales)
-                w = decoded(e, r, count, length, scratch);
-            const long tiles = (end - chunk + TOKENS - 1) / TOKENS;
-            for (long tile = 0, n = chunk, tokens; tile < tiles; tile++, n += tokens) {
-                tokens = (end - n + tiles - tile - 1) / (tiles - tile);
-                const uint16_t *x = (const uint16_t *)p->x + (n - e->begin + e->at) * length;
-                const Target to = {(uint16_t *)p->y + n * p->rows + r, p->rows, count,
-                                   e->bias ? (const uint16_t *)e->bias + r : NULL};
-#define DOT_FEW(T) tile_dot_few(T, w, x, length, to)
-#define DOT_PACKED(T) tile_dot(T, 1, w, x, length, to)
-#define DOT_DENSE(T) tile_dot(T, 0, w, x, length, to)
-                if (packed && tokens == 1)
-                    DOT_FEW(1);
-                else if (packed && tokens == 2)
-                    DOT_FEW(2);
-                else if (packed)
-                    CASES_6(tokens, DOT_PACKED)
-                else
-                    CASES_6(tokens, DOT_DENSE)
-            }
-        }
+    if (tokens <= TOKENS) {
+        dot_few(p, e, first, last);
+        return;
+    }
+    for (long r = first; r < last; r += PANEL_WIDTH) {
+        fill_panel_across(e, r, last, length, panel);
+        multiply_panel(panel, (const uint16_t *)p->x + e->at * length, tokens, length,
+                       (uint16_t *)p->y + e->begin * p->rows + r, p->rows, last - r < PANEL_WIDTH ? last - r : PANEL_WIDTH,
+                       e->bias ? (const uint16_t *)e->bias + r : NULL);
     }
 }
 
 /* ---- columns -------------------------------------------------------------------------------------------------- */
-
-/* x[n, r] and x[n, r + 1] everywhere; past the last row of weights, zero. */
-BF16_INLINE __m512bh pair(const uint16_t *x, long r, long rows) {
-    uint32_t both;
-    if (r + 1 < rows)
-        memcpy(&both, x + r, 4);
-    else
-        both = x[r];
-    return (__m512bh)_mm512_set1_epi32((int)both);
-}
-
-/* y[0..32 blocks] = sums + bias. */
-BF16_INLINE void store_columns(const int blocks, const __m512 *sum, const uint16_t *bias, uint16_t *y) {
-    UNROLL for (int v = 0; v < 2 * blocks; v++) {
-        __m512 out = sum[v];
-        if (bias) {
-            __m256i start = _mm256_loadu_si256((const __m256i *)(bias + 16 * v));
-            out = _mm512_add_ps(out, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(start), 16)));
-        }
-        _mm256_storeu_si256((__m256i *)(y + 16 * v), (__m256i)_mm512_cvtneps_pbh(out));
-    }
-}
 
 /* `tokens` rows of x times `blocks` blocks of columns of dense weights, straight from where they are. */
 BF16_INLINE void tile_columns(const int tokens, const int blocks, const uint16_t *w, const uint16_t *x, long rows,
@@ -211,46 +296,7 @@ BF16_INLINE void tile_columns(const int tokens, const int blocks, const uint16_t
                 to[1] = _mm512_dpbf16_ps(to[1], both, (__m512bh)high);
             }
         }
-    UNROLL for (int t = 0; t < tokens; t++) store_columns(blocks, sum + 2 * t * blocks, bias, y + t * length);
-}
-
-/* The weights of PANEL blocks of columns: rows two by two, interleaved, each block as its 16 low and 16 high columns. */
-BF16_INLINE void fill_panel(const Expert *e, long block, long num_blocks, long rows, long length, uint16_t *panel) {
-    for (long r = 0; r < rows; r += 2)
-        for (long b = 0; b < PANEL; b++, panel += 2 * BLOCK) {
-            __m512i even = _mm512_setzero_si512(), odd = even;
-            if (b < num_blocks) {
-                const long at = r * length / BLOCK + block + b, next = at + length / BLOCK;
-                const char *ahead = (const char *)e->weights + (e->scales ? at * BYTES + 16 * length / 2
-                                                                          : (at * BLOCK + 16 * length) * 2);
-                _mm_prefetch(ahead, _MM_HINT_T0);
-                even = weights_at(e, at);
-                if (r + 1 < rows) odd = weights_at(e, next);
-            }
-            _mm512_store_si512(panel, _mm512_unpacklo_epi16(even, odd));
-            _mm512_store_si512(panel + BLOCK, _mm512_unpackhi_epi16(even, odd));
-        }
-}
-
-/* `tokens` rows of x times a panel. */
-BF16_INLINE void tile_panel(const int tokens, const uint16_t *panel, const uint16_t *x, long rows, long length,
-                            long num_blocks, const uint16_t *bias, uint16_t *y) {
-    __m512 sum[TOKENS][2 * PANEL];
-    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_setzero_ps();
-    for (long r = 0; r < rows; r += 2, panel += 2 * PANEL * BLOCK) {
-        __m512i w[2 * PANEL];
-        UNROLL for (int v = 0; v < 2 * PANEL; v++) w[v] = _mm512_load_si512(panel + v * BLOCK);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            const __m512bh both = pair(x + t * rows, r, rows);
-            UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_dpbf16_ps(sum[t][v], both, (__m512bh)w[v]);
-        }
-    }
-    UNROLL for (int t = 0; t < tokens; t++) {
-        if (num_blocks == PANEL)
-            store_columns(PANEL, sum[t], bias, y + t * length);
-        else
-            store_columns(1, sum[t], bias, y + t * length);
-    }
+    UNROLL for (int t = 0; t < tokens; t++) store_columns(2 * blocks, sum + 2 * t * blocks, bias, y + t * length, blocks * BLOCK);
 }
 
 /* One unit: GROUP_BLOCKS blocks of columns of one expert's weights, for all its rows of x. */
@@ -290,12 +336,7 @@ BF16_TARGET static void columns_bf16(const void *arguments, long index, void *sc
         } else {
             blocks = left >= PANEL ? PANEL : 1;
             fill_panel(e, block, blocks, rows, length, scratch);
-            const long tiles = (tokens + TOKENS - 1) / TOKENS;
-            for (long tile = 0, n = 0, some; tile < tiles; tile++, n += some) {
-                some = (tokens - n + tiles - tile - 1) / (tiles - tile);
-#define PANELS(T) tile_panel(T, scratch, x + n * rows, rows, length, blocks, bias, y + n * length)
-                CASES_6(some, PANELS)
-            }
+            multiply_panel(scratch, x, tokens, rows, y, length, blocks * BLOCK, bias);
         }
     }
 }

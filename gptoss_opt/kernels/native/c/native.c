@@ -221,10 +221,8 @@ static int product(const Team *team, int which, int columns, const void *x, void
     if (which >= AVX512_BF16) {
         unit = columns ? GROUP_BLOCKS : GROUP_ROWS;
         panel = PANEL;
+        strip = PANEL_WIDTH;
     }
-#if defined(AMX_TARGET)
-    if (which == AMX) strip = 2 * TILE;
-#endif
 #endif
     const Product p = {x, y, m->rows, m->length, ((columns ? m->length / BLOCK : m->rows) + unit - 1) / unit, experts};
     Job job = {.unit = columns ? implementation(which).columns : implementation(which).dot,
