@@ -16,7 +16,7 @@ from benchmarks.case import Settings, run
 BENCHMARKS = {
     "attention": "attention with sinks, beside transformers' eager attention",
     "experts": "one expert layer of the 20b, packed and dense, beside transformers' implementations",
-    "linears": "linear layers of few rows, natively and by torch: which is faster when",
+    "tune": "linear layers and experts, natively and by torch: the table of which kernel computes when",
     "load": "`load` of a packed checkpoint of the 20b's shapes (--layers N; --full: all of them, and generate)",
     "parallel": "sharded models on two processes, beside transformers' expert parallelism (--layers N)",
     "batching": "continuous batching, beside vLLM and transformers",
@@ -29,7 +29,7 @@ BENCHMARKS = {
     "layout": "how long it takes to compute the layouts of the released models",
     "watch": "how long a batcher takes to notice whether the weights have changed",
 }
-BY_DEFAULT = ("attention", "experts", "linears", "load", "parallel", "batching", "finetune")
+BY_DEFAULT = ("attention", "experts", "tune", "load", "parallel", "batching", "finetune")
 
 
 def parser_for(settings: Settings, *, add_help: bool = True) -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def main() -> None:
     options = vars(parser_for(settings).parse_args(arguments))
     del options["name"]
     if module:
-        run(name, replace(settings, **options), module.cases)
+        run(name, replace(settings, **options), module.cases, getattr(module, "conclude", None))
         return
     for each in BY_DEFAULT:
         subprocess.run([sys.executable, "-m", "benchmarks", each, *arguments], check=True)

@@ -1,6 +1,7 @@
 """The one shape of all benchmarks: cases that are set up, run and verified, and are shown only after that.
 
-A benchmark is a module with `SETTINGS`, its defaults, and `cases(settings, folder)`, which may write to that folder.
+A benchmark is a module with `SETTINGS`, its defaults, and `cases(settings, folder)`, which may write to that folder. One
+that has a `conclude(points)` says what all its points mean together.
 """
 
 from __future__ import annotations
@@ -126,8 +127,13 @@ def tables(found: Iterable[tuple[Case, list[Point]]]) -> list[Table]:
     return [Table(headings, cells) for headings, cells in rows.items()]
 
 
-def run(name: str, settings: Settings, cases: Callable[[Any, Path], Sequence[Case]]) -> None:
-    """Run the cases of a benchmark, print their tables and write the results."""
+def run(
+    name: str,
+    settings: Settings,
+    cases: Callable[[Any, Path], Sequence[Case]],
+    conclude: Callable[[list[Point]], str] | None = None,
+) -> None:
+    """Run the cases of a benchmark, print their tables and, if all ran, what they conclude, and write the results."""
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(dir=settings.folder or None) as folder:
         known = cases(settings, Path(folder))
@@ -141,4 +147,6 @@ def run(name: str, settings: Settings, cases: Callable[[Any, Path], Sequence[Cas
             print(f"NOT REACHED: {line}")
         if not settings.only:
             points = [point for _, points in found for point in points]
+            if conclude:
+                print(conclude(points))
             print(f"written: {record(name, points, settings.command(name))}")

@@ -17,6 +17,7 @@ from gptoss_opt.core import WRAPPERS
 from gptoss_opt.kernels.attention import Rules, Visible
 from gptoss_opt.kernels.attention.impl.reference import reference_attention
 from gptoss_opt.kernels.mxfp4 import pack, unpack
+from gptoss_opt.kernels.which import LINEARS, Ranges
 
 GOLDEN = Path(__file__).parent / "golden" / "small"
 WINDOW = 8
@@ -149,3 +150,9 @@ def group_of_one() -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def few_rows_native(most: int = 8) -> dict[tuple[str, torch.dtype], Ranges]:
+    """What `which.measured` says where the native linear layers are faster up to so many rows."""
+    dtypes = (torch.float32, torch.bfloat16)
+    return {(name, dtype): ((most, "native"), (None, "torch")) for name in LINEARS for dtype in dtypes}

@@ -1,7 +1,7 @@
 """Linear layers of few rows on CPUs, by the native library.
 
 A product of few rows takes the time in which its weights are read, and the native one comes nearer to what the memory
-gives than torch's. From some number of rows on, torch's is as fast: see `MAX_ROWS`.
+gives than torch's. From some number of rows on, torch's is as fast: see `which.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from .direct import is_direct
 from .gate import admit
 from .native import DTYPES, LinearArguments, library, why_not
 from .processor import processor
-
-MAX_ROWS: dict[str, dict[torch.dtype, int]] = {
-    "Zen 5": {torch.bfloat16: 16, torch.float32: 64},
-}
-"""Up to how many rows the native product is faster than torch's, by processor and dtype; where it was not measured, for
-none. By `python -m benchmarks linears`, whose results are in benchmarks/results."""
+from .which import LINEARS, kernel_for, ranges
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Native:
         """The reason why it cannot serve, or None."""
         if reason := why_not(request.device_type, request.dtype):
             return reason
-        if not max_rows(request.dtype):
+        if not any(is_ever_native(name, request.dtype) for name in LINEARS):
             return f"was not measured to be faster than torch in {request.dtype} on {processor()}"
         return None
 
@@ -60,20 +55,21 @@ class Torch:
 BACKENDS = (Native(), Torch())
 
 
-def max_rows(dtype: torch.dtype) -> int:
-    """Up to how many rows the native product is faster than torch's on this processor; 0 if it is not known to be."""
-    return MAX_ROWS.get(processor(), {}).get(dtype, 0)
+def is_ever_native(projection: str, dtype: torch.dtype) -> bool:
+    """Whether the native product is used for this projection of a model here, for any number of rows."""
+    return any(kernel == "native" for _, kernel in ranges(projection, dtype))
 
 
-def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `product` can compute with these, and is not slower than torch's."""
+def is_faster(projection: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `product` can compute with these, and was measured to be faster than torch's for this projection."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if not is_direct(*tensors) or weight.dim() != 2 or not x.dim():
         return False
     num_out, length = weight.shape
     if not length or x.shape[-1] != length or (bias is not None and bias.shape != (num_out,)):
         return False  # torch says what does not go together
-    return 0 < x.numel() // length <= max_rows(x.dtype)
+    rows = x.numel() // length
+    return x.dtype in DTYPES and rows > 0 and kernel_for(projection, x.dtype, rows) == "native"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, instruction_set: int | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from ..kernels.experts import (
 )
 from ..kernels.mxfp4 import BLOCK
 from ..kernels.native import computes_on
+from ..kernels.which import DENSE_EXPERTS, PACKED_EXPERTS, described
 from ..layout import MXFP4
 from .changes import change_of
 from .host import config_paths
@@ -95,7 +96,15 @@ def set_experts(model: nn.Module, backend: str, journal: Journal) -> tuple[str, 
     for path, _ in expert_modules(model):
         journal.set(model, path, WRAPPED, True)
     changed = f"config._experts_implementation: {before} -> {key}, on the model's own copy of the config"
-    return (changed, f"experts: by the native library, on {computes_on()}") if backend == "native" else (changed,)
+    return (changed, _native_experts(model)) if backend == "native" else (changed,)
+
+
+def _native_experts(model: nn.Module) -> str:
+    """Which instructions compute the experts, and which kernel up to how many rows, in a sentence."""
+    _, module = expert_modules(model)[0]
+    projection = DENSE_EXPERTS if isinstance(_weights(module, "down_proj"), DenseWeights) else PACKED_EXPERTS
+    rows = described(projection, module.down_proj_bias.dtype)
+    return f"experts: by the native library, on {computes_on()}; {projection}: {rows}"
 
 
 def fill_experts(model: nn.Module, journal: Attachment) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
 
 from ..core.journal import Around, Journal
-from ..kernels.linear import LinearRequest, is_faster, max_rows, product
+from ..kernels.linear import LinearRequest, is_ever_native, is_faster, product
 from ..kernels.norm import is_served, rms_norm
+from ..kernels.which import described
 from .modules import Named, execution_device, is_plain
 
 LINEARS = "the linear layers"
@@ -51,32 +52,37 @@ def why_no_linears(model: nn.Module) -> Iterator[str]:
 
 def set_linears(model: nn.Module, journal: Journal) -> Iterator[str]:
     """Let linear layers compute few rows by the native library; says what was changed, in sentences."""
-    most = max_rows(linear_request(model).dtype)
-    functions: dict[Forward, Forward] = {LINEAR: few_rows_faster, ROUTER: few_rows_routed, NORM: natively_normed}
-    for forward, function in functions.items():
-        modules = _computing_as(forward, model)
-        for path, _ in modules:
-            journal.around(model, path, function, None)
-        names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path, _ in modules))
-        rows = "" if function is natively_normed else f"up to {most} rows "
-        if modules:
-            yield f"{names} ({len(modules)}): {rows}by the native library, unless it trains"
+    dtype = linear_request(model).dtype
+    for forward, function in ((LINEAR, few_rows_faster), (ROUTER, few_rows_routed)):
+        named: dict[str, list[str]] = {}
+        for path, _ in _computing_as(forward, model):
+            named.setdefault(path.rpartition(".")[2], []).append(path)
+        for projection, paths in named.items():
+            if not is_ever_native(projection, dtype):
+                continue
+            for path in paths:
+                journal.around(model, path, function, projection)
+            yield f"{projection} ({len(paths)}): {described(projection, dtype)}, unless it trains"
+    norms = _computing_as(NORM, model)
+    for path, _ in norms:
+        journal.around(model, path, natively_normed, None)
+    yield f"norms ({len(norms)}): native, unless they train"
 
 
-def few_rows_faster(_: None, module: Any, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
+def few_rows_faster(projection: str, module: Any, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
     """A linear layer's forward, natively where that is faster."""
     # Attributes, not parameters: of a sharded model they are what this rank holds.
     weight, bias = module.weight, module.bias
-    ours = is_plain(module, inner, LINEAR) and is_faster(input, weight, bias)
+    ours = is_plain(module, inner, LINEAR) and is_faster(projection, input, weight, bias)
     return product(input, weight, bias) if ours else inner(input)
 
 
 def few_rows_routed(
-    _: None, module: Any, inner: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor
+    projection: str, module: Any, inner: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor
 ) -> tuple[Tensor, ...]:
     """A router's forward, with its product natively where that is faster: logits, weights and indices of experts."""
     weight, bias = module.weight, module.bias
-    if not (is_plain(module, inner, ROUTER) and is_faster(hidden_states, weight, bias)):
+    if not (is_plain(module, inner, ROUTER) and is_faster(projection, hidden_states, weight, bias)):
         return inner(hidden_states)
     logits = product(hidden_states, weight, bias)
     values, indices = torch.topk(logits, module.top_k, dim=-1)

@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from gptoss_opt import shard_tensor_parallel, with_fast_linears
-from gptoss_opt.kernels import linear as kernel
-from gptoss_opt.kernels import native
-from gptoss_opt.kernels.processor import processor
+from gptoss_opt.kernels import native, which
 from gptoss_opt.model import linears
 from tests.distributed.models import UNEVEN
 from tests.distributed.ranks import Ranks
-from tests.helpers import ids, relative, tiny_model
+from tests.helpers import few_rows_native, ids, relative, tiny_model
 
 if native.why_not("cpu", torch.float32):
     pytest.skip("no native library here", allow_module_level=True)
@@ -23,7 +21,7 @@ def sharded(off: bool) -> Tensor:
     """Logits of 8 tokens; or of products of which one value is off."""
     real = linears.product
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(kernel.MAX_ROWS, processor(), {torch.float32: 8})
+        patch.setattr(which, "measured", few_rows_native)
         patch.setattr(linears, "product", lambda *args: real(*args) * (1.01 if off else 1))
         with torch.no_grad():
             logits: Tensor = with_fast_linears(shard_tensor_parallel(tiny_model(**UNEVEN)))(ids()[:1, :8]).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptoss_opt.kernels import linear as module
-from gptoss_opt.kernels import native
-from gptoss_opt.kernels.linear import is_faster, linear, max_rows
-from gptoss_opt.kernels.processor import processor
+from gptoss_opt.kernels import linear as linear_module
+from gptoss_opt.kernels import native, which
+from gptoss_opt.kernels.linear import is_ever_native, linear
 from tests.helpers import relative
 
 if native.why_not("cpu", torch.float32):
@@ -73,7 +73,8 @@ def test_each_row_is_the_same_whatever_is_beside_it() -> None:
 
 
 def test_it_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.MAX_ROWS, processor(), {torch.float32: 8})
+    is_faster = partial(linear_module.is_faster, "q_proj")
+    monkeypatch.setattr(which, "measured", lambda: {("q_proj", torch.float32): ((8, "native"), (None, "torch"))})
     x, weight, bias = problem(4, (24, 48), torch.float32)
     assert is_faster(x, weight, bias)
     assert is_faster(x, weight, None)
@@ -101,9 +102,8 @@ def test_it_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     torch.func.vmap(lambda row: seen.append(is_faster(row, weight, bias)) or row)(x)
     assert seen == [False]
-    monkeypatch.setitem(module.MAX_ROWS, processor(), {})
-    assert not is_faster(x, weight, bias)
-    assert max_rows(torch.float32) == 0
+    assert not linear_module.is_faster("k_proj", x, weight, bias)
+    assert (is_ever_native("q_proj", torch.float32), is_ever_native("k_proj", torch.float32)) == (True, False)
 
 
 def test_what_does_not_go_together_is_named() -> None:

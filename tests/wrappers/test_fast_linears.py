@@ -20,11 +20,10 @@ from gptoss_opt import (
     with_lora,
 )
 from gptoss_opt.kernels import linear as kernel
-from gptoss_opt.kernels import native
-from gptoss_opt.kernels.processor import processor
+from gptoss_opt.kernels import native, which
 from gptoss_opt.model import linears
 from gptoss_opt.model import loss as model_loss
-from tests.helpers import ids, loss_and_gradients, relative, tiny_model
+from tests.helpers import few_rows_native, ids, loss_and_gradients, relative, tiny_model
 
 if native.why_not("cpu", torch.float32):
     pytest.skip("no native library here", allow_module_level=True)
@@ -37,7 +36,7 @@ PER_FORWARD = 3 * 5 + 1
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """The shapes of x that were computed natively, up to 8 rows."""
     found: list[tuple[int, ...]] = []
-    monkeypatch.setitem(kernel.MAX_ROWS, processor(), dict.fromkeys((torch.float32, torch.bfloat16), 8))
+    monkeypatch.setattr(which, "measured", few_rows_native)
     real = kernel.product
 
     def counted(x: Tensor, *args: Any) -> Tensor:
@@ -115,7 +114,7 @@ def test_the_loss_in_chunks_still_sees_a_plain_head(
 
 
 def test_where_it_is_not_known_to_be_faster_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernel.MAX_ROWS, processor(), {})
+    monkeypatch.setattr(which, "measured", dict)
     model = with_fast_linears(tiny_model())
     assert "forward" not in model.lm_head.__dict__
     (row,) = explain(model).rows

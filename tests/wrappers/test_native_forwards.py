@@ -11,11 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from gptoss_opt import with_fast_linears, with_flash_attention
-from gptoss_opt.kernels import linear as kernel
-from gptoss_opt.kernels import native
-from gptoss_opt.kernels.processor import processor
+from gptoss_opt.kernels import native, which
 from gptoss_opt.model import attention, linears
-from tests.helpers import ids, relative, tiny_model
+from tests.helpers import few_rows_native, ids, relative, tiny_model
 
 if native.why_not("cpu", torch.float32):
     pytest.skip("no native library here", allow_module_level=True)
@@ -33,7 +31,7 @@ LAYERS = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was computed natively."""
     found: list[str] = []
-    monkeypatch.setitem(kernel.MAX_ROWS, processor(), dict.fromkeys((torch.float32, torch.bfloat16), 8))
+    monkeypatch.setattr(which, "measured", few_rows_native)
     for module, name in ((linears, "product"), (linears, "rms_norm"), (attention, "rotate")):
         real: Callable[..., Any] = getattr(module, name)
 

@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 from ...gate import admit
-from ...mxfp4 import BLOCK
+from ...mxfp4 import BLOCK, unpack
 from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, TILE_ROWS, Matrices, library, why_not
 from ...tracing import needs_operator
+from ...which import DENSE_EXPERTS, PACKED_EXPERTS, kernel_for
 from ..clamp import edge
-from ..weights import DenseWeights, ExpertsRequest, ExpertWeights
+from ..routes import Routes
+from ..weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
+from .reference import REFERENCE
 
 
 class Native:
     """Packed weights, decoded in registers; bfloat16 or float32, sums in float32.
 
+    Where torch's products were measured to be faster (`which.py`), each expert is decoded for them as a whole.
     `instruction_set` is an index of `INSTRUCTION_SETS`, by default the best that this CPU has.
     """
 
@@ -46,6 +50,11 @@ class Native:
         dtype = _dtype(x, gate_up, down, which=which)
         num_experts, hidden, pairs = gate_up.shape
         routes = (len(x), indices.shape[-1])
+        if instruction_set is None and _is_torchs(indices.numel(), gate_up, dtype):
+            sorted_routes = Routes.of(indices, num_experts)
+            inner = self.forward(sorted_routes.gather(x), sorted_routes.offsets, gate_up)
+            inner = self.forward(self.swiglu(inner, alpha, limit), sorted_routes.offsets, down)
+            return sorted_routes.combine(inner, routing_weights)
         rows = admit("x", x.to(dtype), dtype, (len(x), hidden))
         indices = admit("indices", indices.to(torch.int64), torch.int64, routes)
         # To the dtype of x first: as where gradients are asked for.
@@ -131,6 +140,26 @@ def _dtype(x: Tensor, *projections: ExpertWeights, which: int) -> torch.dtype:
     return x.dtype if which >= BFLOAT16 else torch.float32
 
 
+def _is_torchs(num_rows: int, weights: ExpertWeights, dtype: torch.dtype) -> bool:
+    """Whether torch's products were measured to be faster, for so many rows of all experts."""
+    projection = DENSE_EXPERTS if isinstance(weights, DenseWeights) else PACKED_EXPERTS
+    return kernel_for(projection, dtype, num_rows / max(weights.shape[0], 1)) == "torch"
+
+
+class _Unpacked(PackedWeights):
+    """Packed weights whose experts are decoded natively."""
+
+    def expert(self, index: int, like: Tensor) -> Tensor:
+        return unpack(self.blocks[index], self.scales[index], like.dtype).T
+
+
+def torchs_product(x: Tensor, offsets: Tensor, weights: ExpertWeights, *, backward: bool = False) -> Tensor:
+    """The product by torch's own, one expert after the other, each decoded natively if it is packed."""
+    if isinstance(weights, PackedWeights):
+        weights = _Unpacked(weights.blocks, weights.scales, weights.bias)
+    return (REFERENCE.backward if backward else REFERENCE.forward)(x, offsets, weights)
+
+
 def _check(status: int) -> None:
     assert status != -2, "dense weights are checked before"
     if status:
@@ -163,8 +192,10 @@ def _matrices(
 def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool, which: int | None) -> Tensor:
     """`x` [N, in] times the weights plus the bias; or with `backward`, `x` [N, out] times the transposed weights."""
     functions, best, parallel = library()
-    which = best if which is None else which
+    chosen, which = which is not None, best if which is None else which
     dtype = _dtype(x, weights, which=which)
+    if not chosen and _is_torchs(len(x), weights, dtype):
+        return torchs_product(x, offsets, weights, backward=backward)
     num_experts, width, out_width = weights.shape
     if backward:
         width, out_width = out_width, width

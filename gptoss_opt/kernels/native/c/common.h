@@ -107,6 +107,14 @@ typedef struct {
     const Expert *experts;
 } Product;
 
+/* The weights of one projection: [E, rows, length], packed if there are scales, else dense bfloat16, which takes
+ * AVX512_BF16 or AMX. */
+typedef struct {
+    const uint8_t *weights, *scales;
+    const void *bias; /* [E, .], as the product gives it, or NULL */
+    long rows, length;
+} Matrices;
+
 /* ROWS rows of weights; with strides of zero, one row as often. */
 typedef struct {
     const uint8_t *weights, *scales;

@@ -6,6 +6,7 @@
 #include "activation.h"
 #include "common.h"
 #include "format.h"
+#include "layer.h"
 #include "linear.h"
 #include "low_rank.h"
 #include "norm.h"
@@ -91,6 +92,10 @@ int gptoss_init(void) {
         (void)scratch;                                                                                       \
         rotary_unit(p, index);                                                                               \
     }                                                                                                        \
+    target static void add_##name(const void *p, long index, void *scratch) {                                \
+        (void)scratch;                                                                                       \
+        add_unit(p, index);                                                                                  \
+    }                                                                                                        \
     target static void norm_##name(const void *p, long index, void *scratch) {                               \
         (void)scratch;                                                                                       \
         norm_unit(p, index);                                                                                 \
@@ -108,13 +113,13 @@ enum { HUGE = 1 << 21 }; /* bytes of a huge page */
 typedef void (*unit_fn)(const void *, long, void *);
 
 typedef struct {
-    unit_fn dot, columns, linear, activation, pack, pack_columns, combine, paged, rank_in, rank_out, rank_sums, norm, rotary;
+    unit_fn dot, columns, linear, activation, pack, pack_columns, combine, paged, rank_in, rank_out, rank_sums, norm, rotary, add;
 } Implementation;
 
 #define IMPLEMENTATION(dot, columns, linear, name)                                                                   \
     (Implementation) {                                                                                               \
         dot, columns, linear, activation_##name, pack_##name, pack_columns_##name, combine_##name, paged_##name,      \
-            rank_in_##name, rank_out_##name, rank_sums_##name, norm_##name, rotary_##name                                           \
+            rank_in_##name, rank_out_##name, rank_sums_##name, norm_##name, rotary_##name, add_##name                                           \
     }
 
 static Implementation implementation(int which) {
@@ -176,14 +181,6 @@ int gptoss_pack_columns(int which, int half, const void *from, uint8_t *blocks, 
     const int status = run_units(&team, implementation(which).pack_columns, &p, (length + STRIP - 1) / STRIP);
     return status ? status : atomic_load(&not_finite);
 }
-
-/* The weights of one projection: [E, rows, length], packed if there are scales, else dense bfloat16, which takes
- * AVX512_BF16 or AMX. */
-typedef struct {
-    const uint8_t *weights, *scales;
-    const void *bias; /* [E, .], as the product gives it, or NULL */
-    long rows, length;
-} Matrices;
 
 /* Whether a product takes its rows of x otherwise than they are: in the order of `decode` where weights are packed, and on
  * AMX, of experts that have enough of them, in tiles. */
@@ -436,4 +433,89 @@ int gptoss_paged_attention(int which, const PagedArguments *paged, long num_bloc
                .num_units = num_blocks * paged->kv_heads,
                .scratch_bytes = paged_scratch(paged)};
     return run(&team, &job);
+}
+
+static int add(const Team *team, int which, const Adding *a) {
+    return run_units(team, implementation(which).add, a, (a->count + ADDED - 1) / ADDED);
+}
+
+/* Queries, keys and values [num_rows, heads, head_dim] of x [num_rows, hidden], rotated by cos and sin, of which a row is
+ * `angles` after the one before. Returns 0, or -1 if there is no memory. */
+int gptoss_layer_before(int which, const Layer *l, const void *x, const void *cos, const void *sin, void *q, void *k,
+                        void *v, long num_rows, long angles, fork_join parallel, int num_threads) {
+    const long heads = l->heads * l->head_dim, kv_heads = l->kv_heads * l->head_dim;
+    void *normed = malloc((size_t)(num_rows * l->hidden) * (l->half ? 2 : 4));
+    if (!normed) return -1;
+    const Norm norm = {x, l->input_norm, normed, num_rows, l->hidden, l->input_eps, l->half};
+    gptoss_norm(which, &norm, parallel, num_threads);
+    const Linear to_q = {normed, l->q, l->q_bias, q, num_rows, heads, l->hidden, l->half};
+    const Linear to_k = {normed, l->k, l->k_bias, k, num_rows, kv_heads, l->hidden, l->half};
+    const Linear to_v = {normed, l->v, l->v_bias, v, num_rows, kv_heads, l->hidden, l->half};
+    gptoss_linear(which, &to_q, parallel, num_threads);
+    gptoss_linear(which, &to_k, parallel, num_threads);
+    gptoss_linear(which, &to_v, parallel, num_threads);
+    free(normed);
+    const long dim = l->head_dim;
+    const Rotary of_q = {q, cos, sin, q, l->heads, 1, dim, heads, dim, dim, angles, l->half};
+    const Rotary of_k = {k, cos, sin, k, l->kv_heads, 1, dim, kv_heads, dim, dim, angles, l->half};
+    gptoss_rotary(which, &of_q, num_rows, parallel, num_threads);
+    gptoss_rotary(which, &of_k, num_rows, parallel, num_threads);
+    return 0;
+}
+
+/* Attention of q on keys and values [num_rows, kv_heads, num_keys, head_dim], projected and added to x: `sum`; that,
+ * normed; and the router's logits [num_rows, num_experts]. Returns 0, or -1 if there is no memory. */
+int gptoss_layer_between(int which, const Layer *l, const void *x, const void *q, const void *keys, const void *values,
+                         void *sum, void *normed, void *logits, long num_rows, long num_keys, fork_join parallel,
+                         int num_threads) {
+    const Team team = {parallel, num_threads};
+    const long heads = l->heads * l->head_dim;
+    const size_t item = l->half ? 2 : 4;
+    char *room = malloc((size_t)num_rows * ((size_t)(heads + l->hidden) * item + 6 * sizeof(int32_t)) +
+                        (size_t)l->heads * sizeof(float));
+    if (!room) return -1;
+    float *sinks = (float *)room;
+    int32_t *table = (int32_t *)(sinks + l->heads), *starts = table + num_rows, *blocks = starts + num_rows;
+    char *attended = (char *)(blocks + 4 * num_rows), *projected = attended + (size_t)(num_rows * heads) * item;
+    for (long h = 0; h < l->heads; h++) sinks[h] = load(l->sinks, h, l->half);
+    for (long n = 0; n < num_rows; n++) {
+        const int32_t block[4] = {(int32_t)n, (int32_t)n, 1, (int32_t)num_keys - 1};
+        table[n] = (int32_t)n, starts[n] = 0;
+        memcpy(blocks + 4 * n, block, sizeof block);
+    }
+    const PagedArguments paged = {q, keys, values, sinks, table, starts, blocks, attended, NULL, l->heads, l->kv_heads,
+                                  l->head_dim, 1, num_keys, l->window, l->heads / l->kv_heads, l->scale, l->half};
+    const int status = gptoss_paged_attention(which, &paged, num_rows, parallel, num_threads);
+    if (!status) {
+        const Linear to_o = {attended, l->o, l->o_bias, projected, num_rows, l->hidden, heads, l->half};
+        const Adding adding = {x, projected, sum, num_rows * l->hidden, l->half};
+        const Norm norm = {sum, l->post_norm, normed, num_rows, l->hidden, l->post_eps, l->half};
+        const Linear to_logits = {normed, l->router, l->router_bias, logits, num_rows, l->num_experts, l->hidden, l->half};
+        gptoss_linear(which, &to_o, parallel, num_threads);
+        add(&team, which, &adding);
+        gptoss_norm(which, &norm, parallel, num_threads);
+        gptoss_linear(which, &to_logits, parallel, num_threads);
+    }
+    free(room);
+    return status;
+}
+
+/* `sum` and what the experts give for `normed`: out. Returns 0, or -1 if there is no memory. */
+int gptoss_layer_after(int which, const Layer *l, const void *sum, const void *normed, const int64_t *indices,
+                       const void *routing_weights, void *out, long num_rows, fork_join parallel, int num_threads) {
+    const Team team = {parallel, num_threads};
+    const long routes = num_rows * l->top_k;
+    const size_t item = l->half ? 2 : 4;
+    char *room = malloc((size_t)routes * sizeof(float) + (size_t)(num_rows * l->hidden) * item);
+    if (!room) return -1;
+    float *weights = (float *)room;
+    char *mixed = room + (size_t)routes * sizeof(float);
+    for (long i = 0; i < routes; i++) weights[i] = load(routing_weights, i, l->half);
+    const int status = gptoss_experts(l->half ? which : which < AVX512_BF16 ? which : AVX512, normed, indices, weights,
+                                      &l->gate_up, &l->down, mixed, num_rows, l->top_k, l->num_experts, l->alpha,
+                                      l->limit, parallel, num_threads);
+    const Adding adding = {sum, mixed, out, num_rows * l->hidden, l->half};
+    if (!status) add(&team, which, &adding);
+    free(room);
+    return status;
 }
