@@ -1,7 +1,7 @@
 """The one shape of all benchmarks: cases that are set up, run and verified, and are shown only after that.
 
-A benchmark is a module with `SETTINGS`, its defaults, and `cases(settings, folder)`, which may write to that folder. One
-that has a `conclude(points)` says what all its points mean together.
+A benchmark is a module with `SETTINGS`, its defaults, and `cases(settings, folder)`, which may write to that folder.
+One that has a `conclude(points)` says what all its points mean together.
 """
 
 from __future__ import annotations

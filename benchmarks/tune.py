@@ -1,7 +1,7 @@
 """Which kernel computes when: linear layers and experts of gpt-oss-20b, natively and by torch, at each number of rows.
 
-Prints this processor's part of the table in gptoss_opt/kernels/which.py. Each case reads other weights in every turn, as
-a model does from layer to layer, so that no cache holds them.
+Prints this processor's part of the table in gptoss_opt/kernels/which.py. Each case reads other weights in every turn,
+as a model does from layer to layer, so that no cache holds them.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ class Experts(Product):
 def ranges_of(ratios: Mapping[int, float], experts: bool) -> Ranges:
     """Which kernel for how many rows, by how many times as fast as torch's the native one was at some.
 
-    It is taken as long as it is faster at all fewer rows. Beyond what was measured, linear layers are torch's, which was
-    gaining on it, and experts, whose products are bound by arithmetic by then, go on as they ended.
+    It is taken as long as it is faster at all fewer rows. Beyond what was measured, linear layers are torch's, which
+    was gaining on it, and experts, whose products are bound by arithmetic by then, go on as they ended.
 
     Example:
         >>> ranges_of({1: 2.0, 8: 1.3, 16: 0.9}, experts=False)

@@ -94,7 +94,7 @@ def set_rotation(model: nn.Module, journal: Journal) -> tuple[str, ...]:
     modules = [
         (path, module)
         for path, module in attention_modules(model)
-        if type(module).forward is _FORWARD and ROTATION in _NAMED
+        if type(module).forward is FORWARD and ROTATION in _NAMED
     ]
     if not modules:
         return ()
@@ -111,26 +111,30 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwarg
 
 
 ROTATION = apply_rotary_pos_emb.__name__
-_FORWARD = cast(FunctionType, GptOssAttention.forward)
-_NAMED = {name: _FORWARD.__globals__[name] for name in _FORWARD.__code__.co_names if name in _FORWARD.__globals__}
+FORWARD = cast(FunctionType, GptOssAttention.forward)
+_NAMED = {name: FORWARD.__globals__[name] for name in FORWARD.__code__.co_names if name in FORWARD.__globals__}
 """What the names in that forward mean."""
 _ROTATED_FORWARD = FunctionType(
-    _FORWARD.__code__,
-    {**_FORWARD.__globals__, ROTATION: _rotated},
-    _FORWARD.__name__,
-    _FORWARD.__defaults__,
-    _FORWARD.__closure__,
+    FORWARD.__code__,
+    {**FORWARD.__globals__, ROTATION: _rotated},
+    FORWARD.__name__,
+    FORWARD.__defaults__,
+    FORWARD.__closure__,
 )
-_ROTATED_FORWARD.__kwdefaults__ = _FORWARD.__kwdefaults__
+_ROTATED_FORWARD.__kwdefaults__ = FORWARD.__kwdefaults__
 """The forward of transformers' attention, but that the name of the rotation in it means ours."""
+
+
+def is_transformers() -> bool:
+    """Whether the names in that forward still mean what they did, as nobody has put something else there."""
+    return all(FORWARD.__globals__.get(name) is meant for name, meant in _NAMED.items())
 
 
 def natively_rotated(
     _: None, module: Any, inner: Callable[..., tuple[Tensor, Any]], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """The forward of an attention layer with our rotation, unless it means something else by now, or trains."""
-    same = all(_FORWARD.__globals__.get(name) is meant for name, meant in _NAMED.items())
-    ours = same and is_plain(module, inner, _FORWARD)
+    ours = is_transformers() and is_plain(module, inner, FORWARD)
     return _ROTATED_FORWARD(module, *args, **kwargs) if ours else inner(*args, **kwargs)
 
 

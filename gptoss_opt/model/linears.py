@@ -85,8 +85,13 @@ def few_rows_routed(
     if not (is_plain(module, inner, ROUTER) and is_faster(projection, hidden_states, weight, bias)):
         return inner(hidden_states)
     logits = product(hidden_states, weight, bias)
-    values, indices = torch.topk(logits, module.top_k, dim=-1)
-    return logits, torch.softmax(values, dim=1, dtype=values.dtype), indices
+    return logits, *most_probable(logits, module.top_k)
+
+
+def most_probable(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The weights of the experts that a router chooses, and which they are, as transformers has them: [T, K] each."""
+    values, indices = torch.topk(logits, top_k, dim=-1)
+    return torch.softmax(values, dim=1, dtype=values.dtype), indices
 
 
 def natively_normed(_: None, module: Any, inner: Callable[..., Tensor], hidden_states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from ..core import Attachment, Choice, Host, Phase, Report, Wrapper, check_name, choose, takes_model
 from ..kernels.linear import BACKENDS
 from ..model.host import GPT_OSS
+from ..model.layers import set_layers
 from ..model.linears import LINEARS, NORMS, linear_request, set_linears, why_no_linears
 
 
@@ -38,7 +39,7 @@ class FastLinears(Wrapper):
         assert journal.choice is not None
         if journal.choice.backend == "torch":
             return Report(("nothing: torch's own products stay",))
-        return Report(tuple(set_linears(model, journal)))
+        return Report((*set_linears(model, journal), *set_layers(model, journal)))
 
 
 @takes_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_the_table_is_well_formed() -> None:
             *first, (last, _) = ranges
             assert last is None
             assert sorted({most for most, _ in first}) == [most for most, _ in first]
-            assert all(kernel != after for (_, kernel), (_, after) in zip(ranges, ranges[1:], strict=False))
+            assert all(kernel != after for (_, kernel), (_, after) in pairwise(ranges))
 
 
 def test_ranges_end_with_their_last_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,20 @@ class LowRankArguments(ctypes.Structure):
     )
 
 
+class LayerArguments(ctypes.Structure):
+    """A decoder layer as the library takes it, by the addresses of its weights: see layer.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("input_norm", "q", "q_bias", "k", "k_bias", "v", "v_bias", "sinks", "o", "o_bias")),
+        *((name, _P) for name in ("post_norm", "router", "router_bias")),
+        *((name, Matrices) for name in ("gate_up", "down")),
+        *((name, _LONG) for name in ("hidden", "heads", "kv_heads", "head_dim", "num_experts", "top_k", "window")),
+        *((name, ctypes.c_float) for name in ("input_eps", "post_eps", "scale")),
+        *((name, _DOUBLE) for name in ("alpha", "limit")),
+        ("half", _INT),
+    )
+
+
 class Library(NamedTuple):
     """The loaded library, the best of `INSTRUCTION_SETS` that this CPU has, and the fork-join of torch's threads."""
 
@@ -171,6 +185,10 @@ def _load(path: str) -> Library:
     functions.gptoss_norm.argtypes = [_INT, ctypes.POINTER(NormArguments), _P, _INT]
     functions.gptoss_rotary.argtypes = [_INT, ctypes.POINTER(RotaryArguments), _LONG, _P, _INT]
     functions.gptoss_low_rank.argtypes = [_INT, _INT, ctypes.POINTER(LowRankArguments), _P, _INT]
+    layer = ctypes.POINTER(LayerArguments)
+    functions.gptoss_layer_before.argtypes = [_INT, layer, *[_P] * 6, *[_LONG] * 2, _P, _INT]
+    functions.gptoss_layer_between.argtypes = [_INT, layer, *[_P] * 7, *[_LONG] * 2, _P, _INT]
+    functions.gptoss_layer_after.argtypes = [_INT, layer, *[_P] * 5, _LONG, _P, _INT]
     functions.gptoss_pack.argtypes = [_INT, _INT, *[_P] * 3, _LONG, _P, _INT]
     functions.gptoss_pack_columns.argtypes = [_INT, _INT, *[_P] * 4, _LONG, _LONG, _P, _INT]
     return Library(functions, functions.gptoss_init(), _fork_join())
