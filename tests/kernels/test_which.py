@@ -11,9 +11,8 @@ from torch import Tensor
 
 from gptoss_opt import explain, with_fast_experts, with_mxfp4_experts
 from gptoss_opt.kernels import native, which
-from gptoss_opt.kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, DenseWeights, PackedWeights, experts
+from gptoss_opt.kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, DenseWeights, PackedWeights, experts, one_by_one
 from gptoss_opt.kernels.experts.impl.native import NATIVE, NATIVE_DENSE
-from gptoss_opt.kernels.experts.impl.reference import REFERENCE
 from gptoss_opt.kernels.mxfp4 import pack
 from gptoss_opt.kernels.processor import KNOWN
 from tests.helpers import relative, tiny_model
@@ -69,9 +68,9 @@ def test_experts_go_to_torch_from_so_many_rows_on(kind: str, grad: bool, monkeyp
     if kind == which.DENSE_EXPERTS:
         kernel = NATIVE_DENSE
     seen: list[int] = []
-    for name in ("forward", "backward"):
-        real = getattr(REFERENCE, name)
-        monkeypatch.setattr(REFERENCE, name, lambda *args, real=real: seen.append(len(args[0])) or real(*args))
+    for name in ("product", "input_gradient"):
+        real = getattr(one_by_one, name)
+        monkeypatch.setattr(one_by_one, name, lambda *args, real=real: seen.append(len(args[0])) or real(*args))
 
     def outcome(tokens: int, backend: str) -> list[Tensor]:
         torch.manual_seed(tokens)

@@ -12,10 +12,10 @@ from ...mxfp4 import BLOCK, unpack
 from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, TILE_ROWS, Matrices, library, why_not
 from ...tracing import needs_operator
 from ...which import DENSE_EXPERTS, PACKED_EXPERTS, kernel_for
+from .. import one_by_one
 from ..clamp import edge
 from ..routes import Routes
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
-from .reference import REFERENCE
 
 
 class Native:
@@ -157,7 +157,7 @@ def torchs_product(x: Tensor, offsets: Tensor, weights: ExpertWeights, *, backwa
     """The product by torch's own, one expert after the other, each decoded natively if it is packed."""
     if isinstance(weights, PackedWeights):
         weights = _Unpacked(weights.blocks, weights.scales, weights.bias)
-    return (REFERENCE.backward if backward else REFERENCE.forward)(x, offsets, weights)
+    return (one_by_one.input_gradient if backward else one_by_one.product)(x, offsets, weights)
 
 
 def _check(status: int) -> None:

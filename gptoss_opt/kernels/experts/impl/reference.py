@@ -8,6 +8,7 @@ from torch import Tensor
 from ...low_rank import LowRank
 from ...tracing import needs_operator
 from ..clamp import passes_at_limits
+from ..one_by_one import input_gradient, product
 from ..routes import of_expert
 from ..weights import ExpertsRequest, ExpertWeights
 
@@ -27,18 +28,10 @@ class Reference:
         return needs_operator(x, *vars(weights).values())
 
     def forward(self, x: Tensor, offsets: Tensor, weights: ExpertWeights) -> Tensor:
-        y = x.new_zeros(x.shape[0], weights.shape[2])
-        for e, begin, end in of_expert(offsets):
-            y[begin:end] = x[begin:end] @ weights.expert(e, x)
-            if weights.bias is not None:
-                y[begin:end] += weights.bias[e]
-        return y
+        return product(x, offsets, weights)
 
     def backward(self, d_y: Tensor, offsets: Tensor, weights: ExpertWeights) -> Tensor:
-        d_x = d_y.new_zeros(d_y.shape[0], weights.shape[1])
-        for e, begin, end in of_expert(offsets):
-            d_x[begin:end] = d_y[begin:end] @ weights.expert(e, d_y).T
-        return d_x
+        return input_gradient(d_y, offsets, weights)
 
     def swiglu(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
         gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
