@@ -1,7 +1,7 @@
 """Which kernel computes when: linear layers and experts of gpt-oss-20b, natively and by torch, at each number of rows.
 
-Prints this processor's part of the table in gptoss_opt/kernels/which.py. Each case reads other weights in every turn,
-as a model does from layer to layer, so that no cache holds them.
+Prints this processor's part of the table in gptoss_opt/kernels/which.py. Between two reads of a weight a case reads
+more than a cache holds, as a model does, but for the router, which is small.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gptoss_opt.kernels.experts.impl.native import NATIVE, NATIVE_DENSE, torchs_
 from gptoss_opt.kernels.linear import linear
 from gptoss_opt.kernels.native import BFLOAT16, INSTRUCTION_SETS, library
 from gptoss_opt.kernels.processor import processor
-from gptoss_opt.kernels.which import DENSE_EXPERTS, PACKED_EXPERTS, Ranges, kernel_for, measured
+from gptoss_opt.kernels.which import DENSE_EXPERTS, LINEARS, PACKED_EXPERTS, Ranges, kernel_for, measured
 
 SHAPES = {
     "q_proj": (4096, 2880),
@@ -39,9 +39,9 @@ SHAPES = {
     "lm_head": (201_088, 2880),
 }
 LIKE = {"v_proj": "k_proj"}
-"""What has the shape of another."""
+"""What is measured by another, of the same shape."""
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-EXPERT_ROWS = (1, 4, 16, 64, 256)
+EXPERT_ROWS = (1, 4, 16, 64, 256, 1024)
 """Rows of each expert."""
 BYTES = 500e6
 """Of weights that are read one after the other, at least."""
@@ -204,25 +204,31 @@ class Experts(Product):
         assert errors["native"] <= 2 * errors["torch"], errors
 
 
-def ranges_of(ratios: Mapping[int, float], experts: bool) -> Ranges:
-    """Which kernel for how many rows, by how many times as fast as torch's the native one was at some.
+def linear_ranges(ratios: Mapping[int, float]) -> Ranges:
+    """Which kernel for how many rows, by how many times as fast as torch's the native product was at some.
 
-    It is taken as long as it is faster at all fewer rows. Beyond what was measured, linear layers are torch's, which
-    was gaining on it, and experts, whose products are bound by arithmetic by then, go on as they ended.
+    The native one as long as it is faster at all fewer rows, and no further than was measured: torch gains on it.
 
     Example:
-        >>> ranges_of({1: 2.0, 8: 1.3, 16: 0.9}, experts=False)
+        >>> linear_ranges({1: 2.0, 8: 1.3, 16: 0.9, 32: 1.1})
         ((8, 'native'), (None, 'torch'))
-        >>> ranges_of({1: 2.0, 8: 1.3}, experts=True)
-        ((None, 'native'),)
     """
-    needed = 1.0 if experts else MARGIN
-    faster = list(takewhile(lambda rows: ratios[rows] >= needed, sorted(ratios)))
-    if not faster:
-        return ((None, "torch"),)
-    if experts and len(faster) == len(ratios):
+    faster = list(takewhile(lambda rows: ratios[rows] >= MARGIN, sorted(ratios)))
+    return ((faster[-1], "native"), (None, "torch")) if faster else ((None, "torch"),)
+
+
+def expert_ranges(ratios: Mapping[int, float]) -> Ranges:
+    """As `linear_ranges`, for experts: torch's from where it is faster at all larger numbers of rows, if it ever is.
+
+    Example:
+        >>> expert_ranges({1: 2.0, 8: 1.3, 64: 0.9}), expert_ranges({1: 2.0, 8: 0.99, 64: 1.2})
+        (((8, 'native'), (None, 'torch')), ((None, 'native'),))
+    """
+    slower = list(takewhile(lambda rows: ratios[rows] < 1, sorted(ratios, reverse=True)))
+    native = [rows for rows in sorted(ratios) if rows not in slower]
+    if not slower:
         return ((None, "native"),)
-    return ((faster[-1], "native"), (None, "torch"))
+    return ((native[-1], "native"), (None, "torch")) if native else ((None, "torch"),)
 
 
 def conclude(points: Sequence[Point]) -> str:
@@ -231,16 +237,20 @@ def conclude(points: Sequence[Point]) -> str:
     for point in points:
         if "projection" in point:
             ratios.setdefault((point["projection"], point["dtype"]), {})[point["rows"]] = point["ratio"]
-    found = {key: ranges_of(each, key[0] in (PACKED_EXPERTS, DENSE_EXPERTS)) for key, each in ratios.items()}
-    for (projection, dtype), ranges in list(found.items()):
-        found |= {(other, dtype): ranges for other, like in LIKE.items() if like == projection}
-    lines = [
-        f'        ("{name}", {dtype.removeprefix("torch.")}): {ranges},' for (name, dtype), ranges in found.items()
-    ]
-    key = f'    ("{processor()}", "{INSTRUCTION_SETS[library().best]}"): {{'
+    found: dict[tuple[str, str], Ranges] = {}
+    for dtype in sorted({dtype for _, dtype in ratios}):
+        for projection in (*LINEARS, PACKED_EXPERTS, DENSE_EXPERTS):
+            if each := ratios.get((LIKE.get(projection, projection), dtype)):
+                ranges = linear_ranges(each) if projection in LINEARS else expert_ranges(each)
+                found[projection, dtype] = ranges
     there = {(name, str(dtype)): ranges for (name, dtype), ranges in measured().items()}
+    lines = [
+        f"        ({name!r}, {dtype.removeprefix('torch.')}): {ranges}," for (name, dtype), ranges in found.items()
+    ]
+    key = f"    ({processor()!r}, {INSTRUCTION_SETS[library().best]!r}): {{"
     verdict = "as it is checked in" if there == found else "which is not what is checked in"
-    return "\n".join([f"For TABLE in gptoss_opt/kernels/which.py, {verdict}:", key, *lines, "    },"])
+    heading = f"For TABLE in gptoss_opt/kernels/which.py, {verdict}:"
+    return "\n".join([heading, *(line.replace("'", '"') for line in (key, *lines, "    },"))])
 
 
 def cases(settings: Settings, folder: Path) -> list[Case]:

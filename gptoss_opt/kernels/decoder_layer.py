@@ -6,118 +6,132 @@ between the caller keeps keys and values, and chooses experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .native import BFLOAT16, DTYPES, LayerArguments, Matrices, library
+from .gate import PLAIN, admit
+from .mxfp4 import BLOCK
+from .native import BFLOAT16, DTYPES, LANES, LayerArguments, Matrices, library
 
 
-@dataclass(frozen=True, eq=False)
-class LayerWeights:
-    """The weights of one layer, all in one dtype but packed ones, contiguous and on the CPU.
+class LayerWeights(NamedTuple):
+    """The weights of a layer, in the order of layer.h; all but packed ones in one dtype, contiguous and on the CPU.
 
-    Attributes:
-        norms: of the input, and after attention: `[hidden]` each.
-        attention: weights `[out, in]` of q, k, v and o, and the sinks `[heads]`.
-        attention_biases: of q, k, v and o.
-        router: `[num_experts, hidden]` and its bias.
-        experts: for gate and up, then down: blocks and scales as released, and the bias; uint8, uint8 and the dtype.
+    Norms are `[hidden]`; q, k, v, o and the router `[out, in]`; sinks `[heads]`; blocks and scales as released.
     """
 
-    norms: tuple[Tensor, Tensor]
-    attention: tuple[Tensor, ...]
-    attention_biases: tuple[Tensor | None, ...]
-    router: tuple[Tensor, Tensor]
-    experts: tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    input_norm: Tensor | None
+    q: Tensor | None
+    q_bias: Tensor | None
+    k: Tensor | None
+    k_bias: Tensor | None
+    v: Tensor | None
+    v_bias: Tensor | None
+    sinks: Tensor | None
+    o: Tensor | None
+    o_bias: Tensor | None
+    post_norm: Tensor | None
+    router: Tensor | None
+    router_bias: Tensor | None
+    gate_up_blocks: Tensor | None
+    gate_up_scales: Tensor | None
+    gate_up_bias: Tensor | None
+    down_blocks: Tensor | None
+    down_scales: Tensor | None
+    down_bias: Tensor | None
 
-    @property
-    def plain(self) -> tuple[Tensor, ...]:
-        """All that are in the dtype of the layer."""
-        biases = (bias for bias in self.attention_biases if bias is not None)
-        return (*self.norms, *self.attention, *biases, *self.router, *(bias for *_, bias in self.experts))
 
-    @property
-    def packed(self) -> tuple[Tensor, ...]:
-        """All that are packed."""
-        return tuple(tensor for *packed, _ in self.experts for tensor in packed)
+OPTIONAL = ("q_bias", "k_bias", "v_bias", "o_bias", "router_bias", "gate_up_bias", "down_bias")
+PACKED = ("gate_up_blocks", "gate_up_scales", "down_blocks", "down_scales")
 
 
 class LayerSizes(NamedTuple):
-    """What a layer computes, besides its weights. `window` is 0 where attention sees all keys."""
+    """What a layer computes, besides its weights. `window` is None where attention sees all keys."""
 
     head_dim: int
     top_k: int
-    window: int
+    window: int | None
     scale: float
-    eps: tuple[float, float]
+    input_eps: float
+    post_eps: float
     alpha: float
     limit: float
 
 
 class NativeLayer:
-    """A layer whose weights the library knows the addresses of."""
+    """A layer whose weights the library has the addresses of. It keeps no weights: see `reads`."""
 
     def __init__(self, weights: LayerWeights, sizes: LayerSizes) -> None:
-        """Read the addresses; `why_not` has found nothing against it."""
-        (q, k, _, _, _), (router, _) = weights.attention, weights.router
-        self.dtype, self.hidden = q.dtype, q.shape[1]
-        self.heads, self.kv_heads, self.head_dim = len(q) // sizes.head_dim, len(k) // sizes.head_dim, sizes.head_dim
-        self.num_experts, self.top_k = len(router), sizes.top_k
-        self._weights = weights  # they stay alive as long as their addresses are held
-        *projections, sinks = weights.attention
-        both = zip(projections, weights.attention_biases, strict=True)
-        pairs = [None if tensor is None else tensor.data_ptr() for pair in both for tensor in pair]
+        """Look at the weights. Raises `ValueError` where they do not go together."""
+        self.sizes, self.dtype, shapes = sizes, *_checked(weights, sizes)
+        self.hidden, self.num_experts = shapes["o"][0], shapes["router"][0]
+        self.heads, self.kv_heads = (shapes[name][0] // sizes.head_dim for name in ("q", "k"))
+        self._facts = [None if one is None else (one.data_ptr(), one.dtype, one.shape) for one in weights]
+        there = [None if one is None else one.data_ptr() for one in weights]
+        matrices = (
+            Matrices(*there[first : first + 3], shapes[name][1], shapes[name][2] * BLOCK)
+            for first, name in ((13, "gate_up_scales"), (16, "down_scales"))
+        )
         self._arguments = LayerArguments(
-            weights.norms[0].data_ptr(),
-            *pairs[:6],
-            sinks.data_ptr(),
-            *pairs[6:],
-            weights.norms[1].data_ptr(),
-            *map(Tensor.data_ptr, weights.router),
-            *map(_matrices, weights.experts),
+            *there[:13],
+            *matrices,
             self.hidden,
             self.heads,
             self.kv_heads,
-            self.head_dim,
+            sizes.head_dim,
             self.num_experts,
             sizes.top_k,
-            sizes.window,
-            *sizes.eps,
+            sizes.window or 0,
+            sizes.input_eps,
+            sizes.post_eps,
             sizes.scale,
             sizes.alpha,
             sizes.limit,
             self.dtype == torch.bfloat16,
         )
 
+    def reads(self, weights: LayerWeights, sizes: LayerSizes) -> bool:
+        """Whether these are what it was made of: weights that lie where they lay, in the same shapes."""
+        for tensor, facts in zip(weights, self._facts, strict=True):
+            if tensor is None or facts is None:
+                if (tensor is None) != (facts is None):
+                    return False
+            elif (
+                (tensor.data_ptr(), tensor.dtype, tensor.shape) != facts
+                or type(tensor) not in PLAIN
+                or not tensor.is_contiguous()
+                or tensor.is_neg()
+            ):
+                return False
+        return sizes == self.sizes
+
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, 1, hidden] and the angles [B or 1, 1, head_dim / 2] to q, k and v [B, heads, 1, head_dim], rotated."""
         functions, best, parallel = library()
-        rows = len(x)
-        q = x.new_empty(rows, self.heads, 1, self.head_dim)
-        k, v = (x.new_empty(rows, self.kv_heads, 1, self.head_dim) for _ in range(2))
-        angles = 0 if len(cos) == 1 else self.head_dim // 2
+        rows, dim = len(x), self.sizes.head_dim
+        q = x.new_empty(rows, self.heads, 1, dim)
+        k, v = x.new_empty(rows, self.kv_heads, 1, dim), x.new_empty(rows, self.kv_heads, 1, dim)
         there = map(Tensor.data_ptr, (x, cos, sin, q, k, v))
-        _check(
-            functions.gptoss_layer_before(
-                best, self._arguments, *there, rows, angles, parallel, torch.get_num_threads()
-            )
-        )
+        angles = 0 if len(cos) == 1 else dim // 2
+        num_threads = torch.get_num_threads()
+        _check(functions.gptoss_layer_before(best, self._arguments, *there, rows, angles, parallel, num_threads))
         return q, k, v
 
     def between(self, x: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention on keys and values [B, kv_heads, S, head_dim]: x and its output, that normed, and router logits."""
+        """Attention on keys and values [B, kv_heads, S, head_dim]: x and its output, that normed, and router logits.
+
+        Raises `ValueError` for keys and values that are something else, as a cache may give them.
+        """
         functions, best, parallel = library()
         rows, num_keys = len(x), keys.shape[2]
+        keys = admit("keys", keys, self.dtype, (rows, self.kv_heads, num_keys, self.sizes.head_dim))
+        values = admit("values", values, self.dtype, keys.shape)
         total, normed, logits = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, self.num_experts)
         there = map(Tensor.data_ptr, (x, q, keys, values, total, normed, logits))
-        _check(
-            functions.gptoss_layer_between(
-                best, self._arguments, *there, rows, num_keys, parallel, torch.get_num_threads()
-            )
-        )
+        num_threads = torch.get_num_threads()
+        _check(functions.gptoss_layer_between(best, self._arguments, *there, rows, num_keys, parallel, num_threads))
         return total, normed, logits
 
     def after(self, total: Tensor, normed: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
@@ -129,48 +143,45 @@ class NativeLayer:
         return out
 
 
-def why_not(weights: LayerWeights, sizes: LayerSizes) -> str | None:
-    """What stands in the way of `NativeLayer` for these weights, or None."""
-    dtype, (router, _) = weights.norms[0].dtype, weights.router
-    if dtype not in DTYPES or (dtype == torch.bfloat16 and library().best < BFLOAT16):
-        return f"the dtype is {dtype}"
-    for tensors, wanted in ((weights.plain, dtype), (weights.packed, torch.uint8)):
-        for tensor in tensors:
-            if not (tensor.is_cpu and tensor.dtype == wanted and tensor.is_contiguous() and tensor.data_ptr()):
-                return f"a weight is {tensor.dtype} on {tensor.device}, not contiguous, or has no values"
-            if tensor.is_neg() or tensor.layout != torch.strided:
-                return "a weight is a view that negates, or sparse"
-    q, k, v, o, sinks = weights.attention
-    (hidden,), dim = weights.norms[0].shape, sizes.head_dim
-    num_experts, inner = len(router), weights.experts[1][1].shape[-1] * 32
-    shapes = {
-        "q_proj": (q.shape, (len(sinks) * dim, hidden)),
-        "k_proj": (k.shape, (len(k) // dim * dim, hidden)),
-        "v_proj": (v.shape, k.shape),
-        "o_proj": (o.shape, (hidden, len(q))),
-        "the norm": (weights.norms[1].shape, (hidden,)),
-        "the router": (router.shape, (num_experts, hidden)),
-        "the router's bias": (weights.router[1].shape, (num_experts,)),
-    }
-    for bias, weight in zip(weights.attention_biases, (q, k, v, o), strict=True):
-        if bias is not None and bias.shape != weight.shape[:1]:
-            return "a bias has another length than its weight"
-    for name, (blocks, scales, bias), width, length in (
-        ("gate_up_proj", weights.experts[0], 2 * inner, hidden),
-        ("down_proj", weights.experts[1], hidden, inner),
-    ):
-        shapes[f"{name}_blocks"] = blocks.shape, (num_experts, width, length // 32, 16)
-        shapes[f"{name}_scales"] = scales.shape, (num_experts, width, length // 32)
-        shapes[f"{name}_bias"] = bias.shape, (num_experts, width)
-    odd = [name for name, (found, wanted) in shapes.items() if tuple(found) != tuple(wanted)]
-    if odd or hidden % 32 or dim % 16 or not len(k) or len(sinks) % (len(k) // dim):
-        return f"sizes do not fit: {', '.join(odd)}"
-    return None
+def _checked(weights: LayerWeights, sizes: LayerSizes) -> tuple[torch.dtype, dict[str, tuple[int, ...]]]:
+    """The dtype of a layer and the shapes of its weights, all of which are looked at."""
+    if weights.input_norm is None or weights.input_norm.dtype not in DTYPES:
+        raise ValueError(f"a native layer is in one of {DTYPES}.")
+    dtype = weights.input_norm.dtype
+    if dtype == torch.bfloat16 and library().best < BFLOAT16:
+        raise ValueError("a native layer in bfloat16 needs a CPU that multiplies bfloat16.")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in zip(LayerWeights._fields, weights, strict=True):
+        if tensor is not None:
+            wanted = torch.uint8 if name in PACKED else dtype
+            shapes[name] = tuple(admit(name, tensor, wanted, tensor.shape, strided=False).shape)
+        elif name not in OPTIONAL:
+            raise ValueError(f"a native layer needs {name}.")
+    _check_shapes(shapes, sizes)
+    return dtype, shapes
 
 
-def _matrices(packed: tuple[Tensor, Tensor, Tensor]) -> Matrices:
-    blocks, scales, _ = packed
-    return Matrices(*map(Tensor.data_ptr, packed), blocks.shape[1], scales.shape[2] * 32)
+def _check_shapes(shapes: dict[str, tuple[int, ...]], sizes: LayerSizes) -> None:
+    for name, dims in {"input_norm": 1, "sinks": 1, "k": 2, "router": 2, "down_scales": 3}.items():
+        if len(shapes[name]) != dims:
+            raise ValueError(f"{name} is {list(shapes[name])}, and should have {dims} dims.")
+    (hidden,), (heads,), num_experts = shapes["input_norm"], shapes["sinks"], shapes["router"][0]
+    dim, inner = sizes.head_dim, shapes["down_scales"][2] * BLOCK
+    kv_heads = shapes["k"][0] // dim
+    outs = {"q": heads * dim, "k": kv_heads * dim, "v": kv_heads * dim, "o": hidden, "router": num_experts}
+    wanted: dict[str, tuple[int, ...]] = {name: (out, hidden) for name, out in outs.items()}
+    wanted |= {"o": (hidden, heads * dim), "post_norm": (hidden,)}
+    wanted |= {f"{name}_bias": (out,) for name, out in outs.items()}
+    for name, out, length in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
+        scales = (num_experts, out, length // BLOCK)
+        wanted |= {f"{name}_scales": scales, f"{name}_blocks": (*scales, BLOCK // 2), f"{name}_bias": scales[:2]}
+    for name, shape in wanted.items():
+        if name in shapes and shapes[name] != shape:
+            raise ValueError(f"{name} is {list(shapes[name])}, and should be {list(shape)}.")
+    if hidden % BLOCK or dim % LANES or not kv_heads or heads % kv_heads:
+        raise ValueError(f"a native layer has no hidden size {hidden} with {heads} and {kv_heads} heads of {dim}.")
+    if sizes.top_k > num_experts or sizes.top_k < 1 or (sizes.window is not None and sizes.window < 1):
+        raise ValueError(f"a native layer has no {sizes.top_k} of {num_experts} experts and window {sizes.window}.")
 
 
 def _check(status: int) -> None:

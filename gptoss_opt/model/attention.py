@@ -34,7 +34,7 @@ from ..kernels.attention import (
 from ..kernels.paged_attention import Paged, paged_attention
 from ..kernels.rotary import is_served, rotate
 from .host import config_paths
-from .modules import NO_LAYERS, WRAPPED, attention_modules, decoder_path, execution_device, is_plain
+from .modules import NO_LAYERS, WRAPPED, attention_modules, decoder_path, execution_device, is_plain, own_forward
 from .packing import Packing, packing_of, readable
 
 KEY = "gptoss_opt:{}"
@@ -111,31 +111,34 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwarg
 
 
 ROTATION = apply_rotary_pos_emb.__name__
-FORWARD = cast(FunctionType, GptOssAttention.forward)
-_NAMED = {name: FORWARD.__globals__[name] for name in FORWARD.__code__.co_names if name in FORWARD.__globals__}
+FORWARD = cast(FunctionType | None, own_forward(GptOssAttention))
+_NAMED = {name: FORWARD.__globals__.get(name) for name in FORWARD.__code__.co_names} if FORWARD else {}
 """What the names in that forward mean."""
-_ROTATED_FORWARD = FunctionType(
-    FORWARD.__code__,
-    {**FORWARD.__globals__, ROTATION: _rotated},
-    FORWARD.__name__,
-    FORWARD.__defaults__,
-    FORWARD.__closure__,
-)
-_ROTATED_FORWARD.__kwdefaults__ = FORWARD.__kwdefaults__
-"""The forward of transformers' attention, but that the name of the rotation in it means ours."""
+
+
+def _with_our_rotation(forward: FunctionType) -> FunctionType:
+    """The forward of transformers' attention, but that the name of the rotation in it means ours."""
+    names = {**forward.__globals__, ROTATION: _rotated}
+    rotated = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    rotated.__kwdefaults__ = forward.__kwdefaults__
+    return rotated
+
+
+_ROTATED_FORWARD = _with_our_rotation(FORWARD) if FORWARD else None
 
 
 def is_transformers() -> bool:
     """Whether the names in that forward still mean what they did, as nobody has put something else there."""
-    return all(FORWARD.__globals__.get(name) is meant for name, meant in _NAMED.items())
+    return FORWARD is not None and all(FORWARD.__globals__.get(name) is meant for name, meant in _NAMED.items())
 
 
 def natively_rotated(
     _: None, module: Any, inner: Callable[..., tuple[Tensor, Any]], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """The forward of an attention layer with our rotation, unless it means something else by now, or trains."""
-    ours = is_transformers() and is_plain(module, inner, FORWARD)
-    return _ROTATED_FORWARD(module, *args, **kwargs) if ours else inner(*args, **kwargs)
+    if _ROTATED_FORWARD is None or not is_transformers() or not is_plain(module, inner, FORWARD):
+        return inner(*args, **kwargs)
+    return cast(tuple[Tensor, Any], _ROTATED_FORWARD(module, *args, **kwargs))
 
 
 PARAMETERS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")

@@ -13,7 +13,7 @@ from ..core.journal import Around, Journal
 from ..kernels.linear import LinearRequest, is_ever_native, is_faster, product
 from ..kernels.norm import is_served, rms_norm
 from ..kernels.which import described
-from .modules import Named, execution_device, is_plain
+from .modules import Named, execution_device, is_plain, own_forward
 
 LINEARS = "the linear layers"
 """A slot of a model: see `Wrapper`."""
@@ -22,9 +22,7 @@ NORMS = "the norms"
 """A slot of a model."""
 
 Forward = Callable[..., Any]
-LINEAR: Forward = nn.Linear.forward
-ROUTER: Forward = GptOssTopKRouter.forward
-NORM: Forward = GptOssRMSNorm.forward
+LINEAR, ROUTER, NORM = (own_forward(cls) for cls in (nn.Linear, GptOssTopKRouter, GptOssRMSNorm))
 """The forwards of which the native library computes the same function."""
 
 
@@ -33,7 +31,7 @@ def linear_modules(model: nn.Module) -> Named:
     return _computing_as(LINEAR, model)
 
 
-def _computing_as(forward: Forward, model: nn.Module) -> Named:
+def _computing_as(forward: Forward | None, model: nn.Module) -> Named:
     """The modules with this forward."""
     return [(path, module) for path, module in model.named_modules() if type(module).forward is forward]
 

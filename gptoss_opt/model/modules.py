@@ -27,12 +27,23 @@ def execution_device(module: nn.Module, weight: Tensor) -> torch.device:
     return next((torch.device(device) for device in found if device is not None), weight.device)
 
 
-def is_plain(module: nn.Module, inner: Callable[..., Any], forward: Callable[..., Any]) -> bool:
+def is_plain(module: nn.Module, inner: Callable[..., Any], forward: Callable[..., Any] | None) -> bool:
     """Whether `inner`, around which a forward of ours lies, is still this one of the module's class, and not training.
 
     While it trains, a layer computes the same whether gradients are recorded or not: checkpointing relies on that.
     """
     return not module.training and isinstance(inner, ClassForward) and type(module).forward is forward
+
+
+def own_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """The forward that a class has from its package; None if somebody has put another one there."""
+    package = cls.__module__.partition(".")[0]
+    function: Any = cls.forward
+    while function is not None:
+        if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] != package:
+            return None
+        function = getattr(function, "__wrapped__", None)
+    return cls.forward
 
 
 def attention_modules(model: nn.Module) -> Named:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from gptoss_opt import explain, undo, with_fast_linears, with_flash_attention, with_lora, with_mxfp4_experts
@@ -56,7 +62,7 @@ def decoded(model: Any, rows: int = 1, steps: int = 12, **options: Any) -> Tenso
 
 def part_by_part(model: Any, **options: Any) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "_step", lambda *args, **kwargs: None)
+        patch.setattr(layers, "_native", lambda *args, **kwargs: None)
         return decoded(model, **options)
 
 
@@ -83,7 +89,7 @@ def test_without_a_cache(calls: list[int]) -> None:
         found = model(token, use_cache=False).logits
         assert calls == [2] * LAYERS
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "_step", lambda *args, **kwargs: None)
+            patch.setattr(layers, "_native", lambda *args, **kwargs: None)
             assert torch.equal(model(token, use_cache=False).logits, found)
 
 
@@ -116,6 +122,57 @@ def trained(model: Any) -> None:
     model.model.layers[0].mlp.router.train()
 
 
+def replaced(model: Any) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = nn.Linear(attention.q_proj.in_features, attention.q_proj.out_features).eval()
+
+
+def swapped(model: Any) -> None:
+    first, second = model.model.layers[:2]
+    first.mlp, second.mlp = second.mlp, first.mlp
+
+
+def subclassed(model: Any) -> None:
+    class Twice(nn.Linear):
+        def __call__(self, x: Tensor) -> Tensor:
+            return 2 * super().__call__(x)
+
+    model.model.layers[0].self_attn.q_proj.__class__ = Twice
+
+
+def acting(model: Any) -> None:
+    class Twice(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            return 2 * out.as_subclass(Tensor) if func is nn.functional.linear else out
+
+    projection = model.model.layers[0].self_attn.q_proj
+    projection._parameters["weight"] = projection.weight.data.as_subclass(Twice)
+
+
+def scaled(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = torch.tensor(0.5)
+
+
+def norm_of_ones(model: Any) -> None:
+    norm = model.model.layers[0].input_layernorm
+    norm.weight = nn.Parameter(norm.weight.data[None])
+
+
+def buffered(model: Any) -> None:
+    norm = model.model.layers[0].input_layernorm
+    del norm.variance_epsilon
+    norm.register_buffer("variance_epsilon", torch.tensor(1e-2))
+
+
+def a_function(model: Any) -> None:
+    attention = model.model.layers[0].self_attn
+    projection = attention.q_proj
+    del attention.q_proj
+    object.__setattr__(attention, "q_proj", lambda x: projection(x) * 2)
+
+
 ASIDE: dict[str, Callable[[Any], object]] = {
     "a hook on a projection": hooked("model.layers.0.self_attn.q_proj"),
     "a hook on the router": hooked("model.layers.0.mlp.router"),
@@ -126,6 +183,13 @@ ASIDE: dict[str, Callable[[Any], object]] = {
     "a router in training": trained,
     "eager attention": lambda model: model.set_attn_implementation("eager"),
     "parametrised weights": parametrised,
+    "another projection": replaced,
+    "a projection of another class": subclassed,
+    "a weight that acts": acting,
+    "a function for a projection": a_function,
+    "a scale that is a tensor": scaled,
+    "a norm of two dims": norm_of_ones,
+    "an epsilon that is a buffer": buffered,
 }
 
 
@@ -157,6 +221,122 @@ def test_it_stands_aside_for_what_is_not_one_plain_token_of_each_sequence(calls:
         static = StaticCache(config=model.config, max_cache_len=16)
         decoded(model, rows=1, steps=2, cache=static)
     assert not calls
+
+
+def transposed(model: Any) -> None:
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.T
+
+
+def given_a_bias(model: Any) -> None:
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.bias = nn.Parameter(torch.randn(len(projection.weight)))
+
+
+def without_a_bias(model: Any) -> None:
+    model.model.layers[0].mlp.router.bias = None
+
+
+@pytest.mark.parametrize(
+    "change", [transposed, given_a_bias, without_a_bias, swapped], ids=lambda change: change.__name__
+)
+def test_it_notices_what_changed_since_the_last_step(calls: list[int], change: Callable[[Any], None]) -> None:
+    square = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": False}
+    model = with_fast_linears(with_flash_attention(with_mxfp4_experts(tiny_model(**square)))).eval()
+    before = decoded(model)
+    assert len(calls) == 12 * LAYERS
+    change(model)
+    found = decoded(model)
+    assert torch.equal(found, part_by_part(model))
+    assert not torch.equal(found, before)
+
+
+def test_it_keeps_no_weights(calls: list[int]) -> None:
+    model = wrapped()
+    decoded(model, steps=1)
+    old = weakref.ref(model.model.layers[0].self_attn.q_proj.weight)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert old() is None
+
+
+@pytest.mark.parametrize("odd", ["dtype", "shape", "negated"])
+def test_what_a_cache_gives_is_looked_at(calls: list[int], odd: str) -> None:
+    class Odd(DynamicCache):
+        pass
+
+    model, token = wrapped(), ids()[:1, :1]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids()[:1, :5], past_key_values=cache)
+        real = cache.layers[0].update
+
+        def update(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            keys, values = real(*args, **kwargs)
+            if odd == "dtype":
+                return keys.double(), values.double()
+            return (keys, values[:, :, 1:]) if odd == "shape" else (keys, torch._neg_view(values))
+
+        cache.layers[0].update = update
+        with pytest.raises(ValueError, match=r"(keys|values) is"):
+            model(token, past_key_values=cache)
+        assert calls
+        calls.clear()
+        model(token, past_key_values=Odd(config=model.config))
+    assert not calls
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_nothing_is_refused(calls: list[int], window: int) -> None:
+    model = wrapped()
+    model.model.layers[0].self_attn.sliding_window = window
+    with pytest.raises(ValueError, match="window"):
+        decoded(model, steps=1)
+
+
+def test_another_function_under_our_name(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, key = wrapped(), layers.OUR_ATTENTION
+    real = ALL_ATTENTION_FUNCTIONS[key]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, key, lambda *args, **kwargs: real(*args, **kwargs))
+    decoded(model)
+    assert not calls
+
+
+def test_a_forward_that_was_patched_before_the_package_came(tmp_path: Path) -> None:
+    """It is the user's, whichever of the classes it is of."""
+    script = tmp_path / "patched.py"
+    script.write_text(
+        """
+import sys, torch
+from torch import nn
+from transformers.models.gpt_oss import modeling_gpt_oss as theirs
+
+cls = getattr(theirs, sys.argv[1])
+real = cls.forward
+
+def forward(self, *args, **kwargs):
+    forward.calls += 1
+    return real(self, *args, **kwargs)
+
+forward.calls = 0
+cls.forward = forward
+from gptoss_opt import with_fast_linears, with_flash_attention, with_mxfp4_experts
+from gptoss_opt.kernels import which
+from tests.helpers import few_rows_native, ids, tiny_model
+
+which.measured = few_rows_native
+model = with_fast_linears(with_flash_attention(with_mxfp4_experts(tiny_model()))).eval()
+with torch.no_grad():
+    model(ids()[:1, :1])
+print("called", forward.calls > 0)
+"""
+    )
+    for name in ("GptOssDecoderLayer", "GptOssMLP", "GptOssExperts", "GptOssAttention", "GptOssRMSNorm"):
+        done = subprocess.run([sys.executable, script, name], capture_output=True, text=True, env=environment())
+        assert done.stdout.split() == ["called", "True"], (name, done.stderr)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def test_router_logits_are_recorded(calls: list[int]) -> None:

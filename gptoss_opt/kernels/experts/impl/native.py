@@ -50,11 +50,12 @@ class Native:
         dtype = _dtype(x, gate_up, down, which=which)
         num_experts, hidden, pairs = gate_up.shape
         routes = (len(x), indices.shape[-1])
-        if instruction_set is None and _is_torchs(indices.numel(), gate_up, dtype):
-            sorted_routes = Routes.of(indices, num_experts)
-            inner = self.forward(sorted_routes.gather(x), sorted_routes.offsets, gate_up)
-            inner = self.forward(self.swiglu(inner, alpha, limit), sorted_routes.offsets, down)
-            return sorted_routes.combine(inner, routing_weights)
+        if instruction_set is None and _is_torchs(indices.numel(), gate_up, x.dtype):
+            with torch.autocast("cpu", enabled=False):  # the dtype is that of the tokens
+                by_expert = Routes.of(indices, num_experts)
+                inner = self.forward(by_expert.gather(x), by_expert.offsets, gate_up)
+                inner = self.forward(self.swiglu(inner, alpha, limit), by_expert.offsets, down)
+                return by_expert.combine(inner, routing_weights)
         rows = admit("x", x.to(dtype), dtype, (len(x), hidden))
         indices = admit("indices", indices.to(torch.int64), torch.int64, routes)
         # To the dtype of x first: as where gradients are asked for.
@@ -194,7 +195,7 @@ def _product(x: Tensor, offsets: Tensor, weights: ExpertWeights, backward: bool,
     functions, best, parallel = library()
     chosen, which = which is not None, best if which is None else which
     dtype = _dtype(x, weights, which=which)
-    if not chosen and _is_torchs(len(x), weights, dtype):
+    if not chosen and _is_torchs(len(x), weights, x.dtype):
         return torchs_product(x, offsets, weights, backward=backward)
     num_experts, width, out_width = weights.shape
     if backward:
