@@ -199,8 +199,9 @@ def cases(settings: Settings, folder: Path) -> list[Case]:
         Experts("8 tokens, forward", 8, packed=5, dense=1),
         Experts("64 tokens, forward", 64, packed=2.5, dense=1),
         Experts("512 tokens, forward", 512, packed=1.15, dense=1),
-        Experts("2048 tokens, forward", 2048, dense=1),
-        Experts("512 tokens, forward+backward", 512, backward=True, packed=1),
+        Experts("2048 tokens, forward", 2048, packed=1, dense=1),
+        Experts("512 tokens, forward+backward", 512, backward=True, packed=1, dense=1),
+        Experts("2048 tokens, forward+backward", 2048, backward=True, packed=1, dense=1),
         Memory("memory of the experts"),
         Machine("machine", {"GEMM GFLOP/s": partial(gemm_rate, BF16), "read GB/s": read_rate}),
     ]
