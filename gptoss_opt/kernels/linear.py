@@ -15,7 +15,7 @@ from .direct import is_direct
 from .gate import admit
 from .native import DTYPES, LinearArguments, library, why_not
 from .processor import processor
-from .which import LINEARS, kernel_for, ranges
+from .which import LINEARS, is_ever_native, kernel_for
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ class Torch:
 
 
 BACKENDS = (Native(), Torch())
-
-
-def is_ever_native(projection: str, dtype: torch.dtype) -> bool:
-    """Whether the native product is used for this projection of a model here, for any number of rows."""
-    return any(kernel == "native" for _, kernel in ranges(projection, dtype))
 
 
 def is_faster(projection: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -50,7 +50,7 @@ def with_fast_experts(*, backend: str = "auto") -> FastExperts:
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a
             wrapper to give to `compose` or `load`.
         backend: "auto", or one by name, which then never falls back:
-            "native": CPU with AVX-512 BF16, a library in C; bfloat16. Built when gptoss_opt is installed.
+            "native": CPU with AVX-512 BF16 on which it was measured to be faster, a library in C; bfloat16.
             "torch": torch's grouped_mm, CPU and CUDA, and the activation in one pass.
             "reference": plain torch, one expert after the other; defines the semantics, runs everywhere.
 

@@ -51,6 +51,36 @@ static void products(int which, int off) {
     }
 }
 
+/* The same in bfloat16, with packed weights and dense ones. */
+static void halves(int which, int off) {
+    enum { ROOM = MOST + 16 * EXPERTS };
+    static uint16_t x16[MOST * LENGTH], y16[MOST * LENGTH], bias16[EXPERTS * LENGTH], room[ROOM * LENGTH];
+    static uint16_t dense16[EXPERTS][ROWS_OF_W][LENGTH] __attribute__((aligned(64)));
+    for (int i = 0; i < EXPERTS * LENGTH; i++) bias[i] = from_bf16(bias16[i] = to_bf16(number()));
+    for (int i = 0; i < MOST * LENGTH; i++) x[i] = from_bf16(x16[i] = to_bf16(number()));
+    for (int e = 0; e < EXPERTS; e++)
+        for (int r = 0; r < ROWS_OF_W; r++)
+            for (int l = 0; l < LENGTH; l++) dense16[e][r][l] = to_bf16(dense[e][r][l]);
+    if (off) dense16[EXPERTS - 1][0][0] = to_bf16(9);
+    for (int columns = 0; columns < 2; columns++)
+        for (int packed = 0; packed < 2; packed++) {
+            const uint8_t *weights = packed ? blocks : (const uint8_t *)dense16;
+            const Matrices m = {weights, packed ? scales : NULL, bias16, ROWS_OF_W, LENGTH};
+            const int in = columns ? ROWS_OF_W : LENGTH, out = columns ? LENGTH : ROWS_OF_W;
+            if (gptoss_product(which, columns, x16, y16, OFFSETS, &m, room, EXPERTS, NULL, 2)) exit(2);
+            for (int n = 0, e = 0; n < MOST; n++) {
+                while (n >= OFFSETS[e]) e++;
+                for (int o = 0; o < out; o++) {
+                    double exact = from_bf16(bias16[e * out + o]);
+                    for (int i = 0; i < in; i++)
+                        exact += (double)x[n * in + i] * (columns ? dense[e][i][o] : dense[e][o][i]);
+                    compare(columns ? "columns of bfloat16" : "dot of bfloat16", from_bf16(y16[n * out + o]), exact,
+                            fabs(exact) + 1, 5e-3);
+                }
+            }
+        }
+}
+
 static void linears(int which, int half) {
     enum { OUT = 13, IN = 77, N = 8 };
     static float w[OUT * IN], b[OUT];
@@ -103,9 +133,10 @@ static void packing(int which) {
 
 int main(int argc, char **argv) {
     (void)argv;
-    const int best = gptoss_init(), most = best < AVX512_BF16 ? best : AVX512;
-    for (int which = 0; which <= most; which++) {
-        products(which, argc > 1);
+    const int best = gptoss_init();
+    for (int which = 0; which <= best; which++) {
+        if (which < BF16) products(which, argc > 1);
+        if (which >= BF16) halves(which, 0);
         linears(which, 0);
         linears(which, 1);
         low_rank(which, 0);

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from gptoss_opt.kernels import linear as linear_module
 from gptoss_opt.kernels import native, which
-from gptoss_opt.kernels.linear import is_ever_native, linear
+from gptoss_opt.kernels.linear import linear
+from gptoss_opt.kernels.which import is_ever_native
 from tests.helpers import relative
 
 if native.why_not("cpu", torch.float32):

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from gptoss_opt import explain, with_fast_experts, with_mxfp4_experts
 from gptoss_opt.kernels import native, which
-from gptoss_opt.kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, DenseWeights, PackedWeights, experts, one_by_one
+from gptoss_opt.kernels.experts import (
+    DENSE_BACKENDS,
+    PACKED_BACKENDS,
+    DenseWeights,
+    ExpertsRequest,
+    PackedWeights,
+    experts,
+    one_by_one,
+)
 from gptoss_opt.kernels.experts.impl.native import NATIVE, NATIVE_DENSE
 from gptoss_opt.kernels.mxfp4 import pack
 from gptoss_opt.kernels.processor import KNOWN
@@ -49,7 +57,10 @@ def test_ranges_end_with_their_last_row(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(which, "measured", dict)
     assert which.kernel_for("q_proj", torch.float32, 1) == "torch"
-    assert [which.kernel_for(name, torch.bfloat16, 1000) for name in EXPERTS] == ["native", "native"]
+    assert [which.kernel_for(name, torch.bfloat16, 1000) for name in EXPERTS] == ["native", "torch"]
+    reason = NATIVE_DENSE.why_not(ExpertsRequest("cpu", torch.bfloat16, (64, 64)))
+    assert reason is not None
+    assert ("not measured" in reason) == (native.library().best >= native.BFLOAT16)
     assert "(not measured on" in which.described("q_proj", torch.float32)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import platform
 import re
 import sys
 from functools import cache
@@ -23,8 +24,10 @@ from ..processor import has
 MODULE = "gptoss_opt.kernels.native._native"
 DTYPES = (torch.bfloat16, torch.float32)
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
-AMX = INSTRUCTION_SETS[-1]
-BFLOAT16 = INSTRUCTION_SETS.index("AVX-512 BF16")
+if platform.machine() in ("aarch64", "arm64"):
+    INSTRUCTION_SETS = (*["NEON"] * 3, "NEON with bfloat16", "no AMX")
+AMX = "AMX"
+BFLOAT16 = 3
 """The first that multiplies bfloat16."""
 LANES = 16
 """Values of a head that attention takes at a time."""

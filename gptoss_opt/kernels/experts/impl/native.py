@@ -10,8 +10,9 @@ from torch import Tensor
 from ...gate import admit
 from ...mxfp4 import BLOCK, unpack
 from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, TILE_ROWS, Matrices, library, why_not
+from ...processor import processor
 from ...tracing import needs_operator
-from ...which import DENSE_EXPERTS, PACKED_EXPERTS, kernel_for
+from ...which import DENSE_EXPERTS, PACKED_EXPERTS, is_ever_native, kernel_for
 from .. import one_by_one
 from ..clamp import edge
 from ..routes import Routes
@@ -101,7 +102,7 @@ class Native:
 
 
 class NativeDense(Native):
-    """Dense weights, in bfloat16 on a CPU with AVX-512 BF16."""
+    """Dense weights, in bfloat16 on a CPU that multiplies it and on which that was measured to be faster than torch."""
 
     def why_not(self, request: ExpertsRequest) -> str | None:
         """The reason why it cannot serve, or None."""
@@ -113,6 +114,8 @@ class NativeDense(Native):
             return f"takes dense weights {which}; this is {request.dtype} on {INSTRUCTION_SETS[best]}"
         if odd := [size for size in request.sizes if size % BLOCK]:
             return f"takes dense weights of sizes that are multiples of {BLOCK}, not {odd[0]}"
+        if not is_ever_native(DENSE_EXPERTS, request.dtype):
+            return f"was not measured to be faster than torch on {processor()}, {INSTRUCTION_SETS[best]}"
         return None
 
 

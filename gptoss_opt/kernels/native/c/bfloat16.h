@@ -9,7 +9,6 @@
 enum { TOKENS = 6 };          /* rows of x at a time, at most: their sums with ROWS rows of weights fill the registers */
 enum { PANEL = 2 };           /* blocks of columns at a time */
 enum { PANEL_WIDTH = PANEL * BLOCK };
-enum { GROUP_BLOCKS = 8 };    /* blocks of columns in a unit of work */
 enum { PACKED_AHEAD = 4096 }; /* bytes from a read of packed weights to its prefetch, where one row is read at a time */
 enum { ROWS_AHEAD = 16 };     /* rows from a read of dense weights to its prefetch */
 

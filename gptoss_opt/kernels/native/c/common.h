@@ -8,6 +8,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define X86 1
+#else
+#define X86 0
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -50,8 +52,10 @@
     }
 
 enum { BLOCK = 32, BYTES = 16 }; /* values of a block, and the bytes they take when packed */
-enum { PLAIN, AVX2, AVX512, AVX512_BF16, AMX }; /* from AVX512_BF16 on, bfloat16 is multiplied as such */
+/* From BF16 on, bfloat16 is multiplied as such: by AVX-512 BF16, or the bfloat16 instructions of ARM. */
+enum { PLAIN, AVX2, AVX512, BF16, AMX };
 enum { ROWS = 4, GROUP_ROWS = 128 }; /* rows of weights in registers, and in a unit of work */
+enum { GROUP_BLOCKS = 8 };           /* blocks of columns in a unit of work, where bfloat16 is multiplied */
 
 /* What is written once for all widths of registers. */
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
@@ -108,7 +112,7 @@ typedef struct {
 } Product;
 
 /* The weights of one projection: [E, rows, length], packed if there are scales, else dense bfloat16, which takes
- * AVX512_BF16 or AMX. */
+ * BF16 or AMX. */
 typedef struct {
     const uint8_t *weights, *scales;
     const void *bias; /* [E, .], as the product gives it, or NULL */

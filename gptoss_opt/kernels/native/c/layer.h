@@ -10,7 +10,7 @@ typedef struct {
     long hidden, heads, kv_heads, head_dim, num_experts, top_k, window; /* window 0: all keys */
     float input_eps, post_eps, scale;
     double alpha, limit;
-    int half; /* all are bfloat16, on AVX512_BF16 or better; or float32 */
+    int half; /* all are bfloat16, on BF16 or better; or float32 */
 } Layer;
 
 typedef struct {

@@ -9,6 +9,7 @@
 #include "layer.h"
 #include "linear.h"
 #include "low_rank.h"
+#include "neon.h"
 #include "norm.h"
 #include "paged.h"
 #include "rotary.h"
@@ -41,11 +42,14 @@ int gptoss_init(void) {
 #if defined(AMX_TARGET)
             if (tiles_permitted()) return AMX;
 #endif
-            return AVX512_BF16;
+            return BF16;
         }
         return AVX512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+#if defined(NEON_BF16)
+    if (has_neon_bf16()) return BF16;
 #endif
     return PLAIN;
 }
@@ -128,15 +132,17 @@ static Implementation implementation(int which) {
 #if defined(AMX_TARGET)
     case AMX: return IMPLEMENTATION(dot_amx, columns_amx, linear_bf16, avx512);
 #endif
-    case AVX512_BF16: return IMPLEMENTATION(dot_bf16, columns_bf16, linear_bf16, avx512);
+    case BF16: return IMPLEMENTATION(dot_bf16, columns_bf16, linear_bf16, avx512);
     case AVX512: return IMPLEMENTATION(dot_avx512, columns_avx512, linear_avx512, avx512);
     case AVX2: return IMPLEMENTATION(dot_avx2, columns_avx2, linear_avx2, avx2);
+#elif defined(NEON_BF16)
+    case BF16: return IMPLEMENTATION(dot_neon, columns_neon, linear_neon, plain);
 #endif
     default: return IMPLEMENTATION(dot_plain, columns_plain, linear_plain, plain);
     }
 }
 
-static size_t item_of(int which) { return which >= AVX512_BF16 ? 2 : 4; }
+static size_t item_of(int which) { return which >= BF16 ? 2 : 4; }
 
 /* Work that takes no scratch memory. Returns 0. */
 static int run_units(const Team *team, unit_fn unit, const void *arguments, long num_units) {
@@ -185,7 +191,7 @@ int gptoss_pack_columns(int which, int half, const void *from, uint8_t *blocks, 
 /* Whether a product takes its rows of x otherwise than they are: in the order of `decode` where weights are packed, and on
  * AMX, of experts that have enough of them, in tiles. */
 static int takes_order(int which, int columns, const Matrices *m) {
-    return !columns && (which == AMX || (which == AVX512_BF16 && m->scales));
+    return X86 && !columns && (which == AMX || (which == BF16 && m->scales));
 }
 
 /* Rows of x that an expert has, and of the room that they take in that order, where tiles overlap. */
@@ -202,7 +208,7 @@ static long room_of(int which, long count) {
  * for dense weights where they cannot be. */
 static int product(const Team *team, int which, int columns, const void *x, void *y, const int32_t *offsets,
                    const Matrices *m, long num_experts) {
-    if (!m->scales && which < AVX512_BF16) return -2;
+    if (!m->scales && which < BF16) return -2;
     const size_t item = item_of(which), values = (size_t)m->rows * m->length;
     const long out = columns ? m->length : m->rows;
     Expert *experts = malloc((size_t)(num_experts ? num_experts : 1) * sizeof *experts);
@@ -214,9 +220,9 @@ static int product(const Team *team, int which, int columns, const void *x, void
                                          m->scales ? m->scales + e * values / BLOCK : NULL,
                                          m->bias ? (const char *)m->bias + e * out * item : NULL};
     long unit = columns ? 1 : GROUP_ROWS, panel = 1, strip = ROWS;
+    if (which >= BF16 && columns) unit = GROUP_BLOCKS;
 #if X86
-    if (which >= AVX512_BF16) {
-        unit = columns ? GROUP_BLOCKS : GROUP_ROWS;
+    if (which >= BF16) {
         panel = PANEL;
         strip = PANEL_WIDTH;
     }
@@ -305,7 +311,7 @@ static int gather_for(const Team *team, int which, int in_order, int packed, con
 }
 
 /* One product. `offsets` [E] say where the rows of each expert end in x; rows of y that belong to no expert are not
- * touched. x, y and bias are bfloat16 from AVX512_BF16 on, else float32. `room` holds a copy of x where one in
+ * touched. x, y and bias are bfloat16 from BF16 on, else float32. `room` holds a copy of x where one in
  * another order is needed, on AMX with 16 rows more for each expert. Returns what `product` does. */
 int gptoss_product(int which, int columns, const void *x, void *y, const int32_t *offsets, const Matrices *weights,
                    void *room, long num_experts, fork_join parallel, int num_threads) {
@@ -351,7 +357,7 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
                    const Matrices *gate_up, const Matrices *down, void *out, long num_tokens, long top_k,
                    long num_experts, double alpha, double limit, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
-    const int columns = !gate_up->scales, half = which >= AVX512_BF16;
+    const int columns = !gate_up->scales, half = which >= BF16;
     const long num_routes = num_tokens * top_k, hidden = columns ? gate_up->rows : gate_up->length;
     const long inner = columns ? down->rows : down->length;
     const size_t item = item_of(which);
@@ -387,11 +393,11 @@ int gptoss_experts(int which, const void *x, const int64_t *indices, const float
     return status;
 }
 
-/* A linear layer; bfloat16 (`half`) is multiplied as such on AVX512_BF16. Returns 0. */
+/* A linear layer; bfloat16 (`half`) is multiplied as such on BF16. Returns 0. */
 int gptoss_linear(int which, const Linear *linear, fork_join parallel, int num_threads) {
     const Team team = {parallel, num_threads};
     const long each = linear_each(linear);
-    const unit_fn unit = implementation(linear->half || which < AVX512_BF16 ? which : AVX512).linear;
+    const unit_fn unit = implementation(linear->half || which < BF16 ? which : AVX512).linear;
     return run_units(&team, unit, linear, (linear->rows + each - 1) / each);
 }
 
@@ -511,7 +517,7 @@ int gptoss_layer_after(int which, const Layer *l, const void *sum, const void *n
     float *weights = (float *)room;
     char *mixed = room + (size_t)routes * sizeof(float);
     for (long i = 0; i < routes; i++) weights[i] = load(routing_weights, i, l->half);
-    const int status = gptoss_experts(l->half ? which : which < AVX512_BF16 ? which : AVX512, normed, indices, weights,
+    const int status = gptoss_experts(l->half ? which : which < BF16 ? which : AVX512, normed, indices, weights,
                                       &l->gate_up, &l->down, mixed, num_rows, l->top_k, l->num_experts, l->alpha,
                                       l->limit, parallel, num_threads);
     const Adding adding = {sum, mixed, out, num_rows * l->hidden, l->half};
