@@ -23,10 +23,11 @@ from ..processor import has
 
 MODULE = "gptoss_opt.kernels.native._native"
 DTYPES = (torch.bfloat16, torch.float32)
-INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
-if platform.machine() in ("aarch64", "arm64"):
-    INSTRUCTION_SETS = (*["NEON"] * 3, "NEON with bfloat16", "no AMX")
 AMX = "AMX"
+X86_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16", AMX)
+ARM_SETS = ("NEON", "NEON", "NEON", "NEON with bfloat16", AMX)
+INSTRUCTION_SETS = ARM_SETS if platform.machine() in ("aarch64", "arm64") else X86_SETS
+"""By the numbers that the library has for them: see common.h."""
 BFLOAT16 = 3
 """The first that multiplies bfloat16."""
 LANES = 16
