@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,3 +157,23 @@ def few_rows_native(most: int = 8) -> dict[tuple[str, torch.dtype], Ranges]:
     """What `which.measured` says where the native linear layers are faster up to so many rows."""
     dtypes = (torch.float32, torch.bfloat16)
     return {(name, dtype): ((most, "native"), (None, "torch")) for name in LINEARS for dtype in dtypes}
+
+
+def _kind(name: str) -> str:
+    """As a reader of the names would say."""
+    if "lora_" in name:
+        return "adapters"
+    if "experts" in name:
+        return "experts"
+    if "self_attn" in name:
+        return "attention"
+    return "embedding and head" if "embed" in name or "lm_head" in name else "router and norms"
+
+
+def held_by_kind(model: torch.nn.Module) -> dict[str, int]:
+    """The bytes of a model's parameters on this rank, by what their names say."""
+    found: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        local = getattr(parameter, "_local_tensor", parameter)
+        found[_kind(name)] += local.nbytes
+    return dict(found)

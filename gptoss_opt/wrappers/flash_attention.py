@@ -53,7 +53,8 @@ def with_flash_attention(*, backend: str = "auto") -> FlashAttention:
             wrapper to give to `compose`.
         backend: "auto", or one by name, which then never falls back:
             "fa4", "fa3", "fa2": the flash-attn package, CUDA, bfloat16 and float16.
-            "native": a library in C for one query per row (decoding), CPU, bfloat16 and float32; the rest as "torch".
+            "native": a library in C, CPU, for one query per row (decoding) in bfloat16 and float32, and for
+                several in bfloat16 on AVX-512 BF16; the rest, and gradients, as "torch".
             "torch": torch's own flash kernels, CPU (also float32, float64) and CUDA.
             "reference": plain matrix products, quadratic memory; defines the semantics, never chosen by "auto".
 

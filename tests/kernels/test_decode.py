@@ -1,4 +1,4 @@
-"""Decoding by the native library: one query per row is what the reference says; all else goes to torch's kernels."""
+"""Attention by the native library: what it takes is what the reference says; all else goes to torch's kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gptoss_opt.kernels.attention import Rules, Visible, attention
 from gptoss_opt.kernels.attention.impl import native
 from gptoss_opt.kernels.attention.impl.reference import reference_attention
 from gptoss_opt.kernels.attention.op import sink_attention
+from gptoss_opt.kernels.attention.visible import dense_mask
 from tests.helpers import differentiate, relative
 from tests.kernels.problems import SCALE, inputs
 
@@ -51,6 +52,74 @@ def test_is_the_reference(num_keys: int, window: int | None, which: int, dtype: 
     if window and window < num_keys:
         all_seen = native.forward(q, k, v, sinks, Rules(SCALE, None, NOTHING_HIDDEN))[0]
         assert relative(all_seen.double(), exact) > 10 * BOUND[dtype]
+
+
+PRODUCTS = library.multiplies_attention(torch.bfloat16, 64)
+several = pytest.mark.skipif(not PRODUCTS, reason="this CPU has no products in bfloat16")
+
+
+@several
+@pytest.mark.parametrize("window", [None, 1, 2, 63, 64, 65, 128, 1000])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), (5, 9, 8), (16, 16, 2), (17, 33, 1), (64, 64, 4), (130, 130, 2), (40, 300, 8), (70, 133, 3)]
+)
+def test_several_queries(shape: tuple[int, int, int], window: int | None) -> None:
+    num_queries, num_keys, group = shape
+    torch.manual_seed(num_keys)
+    for dim in (64, 128):
+        kv = [torch.randn(2, 2, num_keys, dim).bfloat16() for _ in range(2)]
+        q, sinks = torch.randn(2, 2 * group, num_queries, dim).bfloat16(), torch.randn(2 * group).bfloat16()
+        rules, wide = Rules(dim**-0.5, window, NOTHING_HIDDEN), [x.double() for x in (q, *kv, sinks)]
+        assert native.serves(q, *kv, rules)
+        out, lse = native.forward(q, *kv, sinks, rules)
+        exact = reference_attention(*wide, rules)
+        assert (out.shape, out.dtype, out.stride()) == (
+            q.shape,
+            q.dtype,
+            q.transpose(1, 2).contiguous().transpose(1, 2).stride(),
+        )
+        assert relative(out.double(), exact) < BOUND[torch.bfloat16]
+        logits = wide[0] @ wide[1].repeat_interleave(group, 1).mT * dim**-0.5
+        logits = logits.masked_fill(~dense_mask(NOTHING_HIDDEN, num_queries, num_keys, window, q.device), -torch.inf)
+        sunk = torch.cat([logits, wide[3][:, None, None].expand(2, -1, num_queries, 1)], -1)
+        assert relative(lse.double(), sunk.logsumexp(-1)) < 1e-6
+        # Negative controls: the sinks count, and where the queries are.
+        assert relative(native.forward(q, *kv, sinks + 6, rules)[0].double(), exact) > 10 * BOUND[torch.bfloat16]
+        assert relative(native.forward(q.flip(2), *kv, sinks, rules)[0].double(), exact) > 10 * BOUND[torch.bfloat16]
+
+
+@several
+@pytest.mark.parametrize("large", [-1e4, 1e4, -torch.inf])
+@pytest.mark.parametrize("window", [None, 3])
+def test_extreme_sinks_and_logits_of_several_queries(large: float, window: int | None) -> None:
+    q, k, v = (torch.randn(1, heads, 90, 64).bfloat16() for heads in (8, 2, 2))
+    sinks = torch.randn(8).bfloat16()
+    sinks[3] = large
+    for factor in (1, 40):
+        rules = Rules(SCALE * factor, window, NOTHING_HIDDEN)
+        exact = reference_attention(*(x.double() for x in (q, k, v, sinks)), rules)
+        assert relative(native.forward(q, k, v, sinks, rules)[0].double(), exact) < BOUND[torch.bfloat16]
+
+
+@several
+def test_several_queries_of_any_layout() -> None:
+    q, k, v = (torch.randn(2, 40, heads, 128).bfloat16()[..., ::2].transpose(1, 2) for heads in (8, 2, 2))
+    sinks, rules = torch.randn(8), Rules(SCALE, 20, NOTHING_HIDDEN)
+    found = native.forward(q, k, v, sinks, rules)
+    for one, other in zip(found, native.forward(*(x.contiguous() for x in (q, k, v)), sinks, rules), strict=True):
+        assert torch.equal(one, other)
+
+
+@several
+def test_gradients_of_several_queries_in_bfloat16() -> None:
+    some = [torch.randn(2, heads, 50, 64).bfloat16() for heads in (8, 2, 2)] + [torch.randn(8).bfloat16()]
+    d_out = torch.randn(2, 8, 50, 64).bfloat16()
+    run = lambda *x: attention(*x, scale=0.125, window=16, backend="native")  # noqa: E731
+    rules = Rules(0.125, 16, NOTHING_HIDDEN)
+    exact = differentiate(lambda *x: reference_attention(*x, rules), [x.double() for x in some], d_out.double())
+    plain = differentiate(lambda *x: attention(*x, scale=0.125, window=16, backend="torch"), some, d_out)
+    for found, torchs, truth in zip(differentiate(run, some, d_out), plain, exact, strict=True):
+        assert relative(found.double(), truth) < max(1.2 * relative(torchs.double(), truth), BOUND[torch.bfloat16])
 
 
 def test_queries_with_gaps() -> None:

@@ -88,7 +88,7 @@ LAYERS: dict[str, set[str]] = {
     "serve": {"core", "distributed", "kernels", "model", "wrappers"},
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "finetune": {"checkpoint", "table", "train", "wrappers"},
-    "plan": set(),
+    "plan": {"core", "layout"},
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
     "testing": set(),

@@ -53,11 +53,11 @@ EFFICIENT = TorchEfficient()
 CPU, CUDA, CUDA_FLASH = _tiles(TorchCpu()), _tiles(EFFICIENT), _packs(TorchFlash())
 
 
-def _decoded(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+def _native(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     return (native if native.serves(q, k, v, rules) else CPU).forward(q, k, v, sinks, rules)
 
 
-CPU_NATIVE = SinkKernel(_decoded, CPU.backward)
+CPU_NATIVE = SinkKernel(_native, CPU.backward)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Torch:
 
 
 class Native(Torch):
-    """The native library for one query per row (decoding) on a CPU; torch's kernels for all else."""
+    """The native library on a CPU, for what `impl.native.serves` says; torch's kernels for all else."""
 
     name = "native"
 

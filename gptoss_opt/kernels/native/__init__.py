@@ -32,6 +32,8 @@ BFLOAT16 = 3
 """The first that multiplies bfloat16."""
 LANES = 16
 """Values of a head that attention takes at a time."""
+PANEL_WIDTH = 64
+"""Those that its products in bfloat16 take."""
 TILE_ROWS = 16
 """AMX takes rows in tiles of so many; room for them is needed for each expert."""
 
@@ -137,6 +139,12 @@ def why_no_attention(device_type: str, dtype: torch.dtype, head_dim: int) -> str
     if reason := why_not(device_type, dtype):
         return reason
     return f"needs a head_dim that is a multiple of {LANES}, not {head_dim}" if head_dim % LANES else None
+
+
+def multiplies_attention(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether attention of several queries is made of products in bfloat16 here, which torch's are slower than."""
+    known = INSTRUCTION_SETS is X86_SETS and library().best >= BFLOAT16
+    return known and dtype == torch.bfloat16 and head_dim % PANEL_WIDTH == 0
 
 
 @cache

@@ -123,11 +123,9 @@ BF16_INLINE void store_columns(const int vectors, const __m512 *sum, const uint1
     }
 }
 
-/* `tokens` rows of x times a panel: y[t, 0..count]. */
-BF16_INLINE void tile_panel(const int tokens, const uint16_t *panel, const uint16_t *x, long rows, long length,
-                            const uint16_t *bias, uint16_t *y, long count) {
-    __m512 sum[TOKENS][2 * PANEL];
-    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_setzero_ps();
+/* `tokens` rows of x times a panel, added to sums. */
+BF16_INLINE void add_panel(const int tokens, const uint16_t *panel, const uint16_t *x, long rows,
+                           __m512 sum[TOKENS][2 * PANEL]) {
     for (long r = 0; r < rows; r += 2, panel += 2 * PANEL * BLOCK) {
         __m512i w[2 * PANEL];
         UNROLL for (int v = 0; v < 2 * PANEL; v++) w[v] = _mm512_load_si512(panel + v * BLOCK);
@@ -136,6 +134,19 @@ BF16_INLINE void tile_panel(const int tokens, const uint16_t *panel, const uint1
             UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_dpbf16_ps(sum[t][v], both, (__m512bh)w[v]);
         }
     }
+}
+
+BF16_INLINE void panel_sums(const int tokens, const uint16_t *panel, const uint16_t *x, long rows,
+                            __m512 sum[TOKENS][2 * PANEL]) {
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int v = 0; v < 2 * PANEL; v++) sum[t][v] = _mm512_setzero_ps();
+    add_panel(tokens, panel, x, rows, sum);
+}
+
+/* `tokens` rows of x times a panel: y[t, 0..count]. */
+BF16_INLINE void tile_panel(const int tokens, const uint16_t *panel, const uint16_t *x, long rows, long length,
+                            const uint16_t *bias, uint16_t *y, long count) {
+    __m512 sum[TOKENS][2 * PANEL];
+    panel_sums(tokens, panel, x, rows, sum);
     UNROLL for (int t = 0; t < tokens; t++) store_columns(2 * PANEL, sum[t], bias, y + t * length, count);
 }
 

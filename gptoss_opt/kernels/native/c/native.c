@@ -22,6 +22,7 @@
 #if X86
 #include "amx.h"
 #include "bfloat16.h"
+#include "paged_bf16.h"
 #endif
 
 /* Fill the tables. Call once, before anything else. Returns the best implementation that this CPU runs. */
@@ -126,13 +127,29 @@ typedef struct {
             rank_in_##name, rank_out_##name, rank_sums_##name, norm_##name, rotary_##name, add_##name                                           \
     }
 
+#if X86
+/* Attention: several queries of a unit in bfloat16 by their products; one, whose keys are read but once, in float32. */
+BF16_TARGET static void paged_bf16(const void *arguments, long index, void *scratch) {
+    const PagedArguments *p = arguments;
+    if (p->half && p->head_dim % PANEL_WIDTH == 0 && p->blocks[index / p->kv_heads * 4 + 2] > 1)
+        paged_block_bf16(p, index, scratch);
+    else
+        paged_avx512(arguments, index, scratch);
+}
+
+static Implementation with_products(Implementation all) {
+    all.paged = paged_bf16;
+    return all;
+}
+#endif
+
 static Implementation implementation(int which) {
     switch (which) {
 #if X86
 #if defined(AMX_TARGET)
-    case AMX: return IMPLEMENTATION(dot_amx, columns_amx, linear_bf16, avx512);
+    case AMX: return with_products(IMPLEMENTATION(dot_amx, columns_amx, linear_bf16, avx512));
 #endif
-    case BF16: return IMPLEMENTATION(dot_bf16, columns_bf16, linear_bf16, avx512);
+    case BF16: return with_products(IMPLEMENTATION(dot_bf16, columns_bf16, linear_bf16, avx512));
     case AVX512: return IMPLEMENTATION(dot_avx512, columns_avx512, linear_avx512, avx512);
     case AVX2: return IMPLEMENTATION(dot_avx2, columns_avx2, linear_avx2, avx2);
 #elif defined(NEON_BF16)

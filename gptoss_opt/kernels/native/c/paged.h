@@ -78,7 +78,7 @@ INLINE void transpose(Floats *s) {
 enum { FEW = 8 }; /* rows from which on it pays to transpose the keys */
 
 static size_t paged_scratch(const PagedArguments *p) {
-    return (size_t)(p->max_rows * (2 * p->head_dim + KEYS + LANES + 1) + LANES * p->head_dim) * sizeof(float);
+    return (size_t)(p->max_rows * (2 * p->head_dim + KEYS + LANES + 1) + KEYS * p->head_dim) * sizeof(float);
 }
 
 /* Where the next up to KEYS keys of a head are, from token `at` to `end`, and how many they are. */
