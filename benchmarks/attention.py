@@ -25,7 +25,7 @@ from benchmarks.case import Case, Point, Settings
 from benchmarks.harness import alternate, device, gemm_rate, median_ratio, peak_memory
 from benchmarks.machine import Machine
 from gptoss_opt import undo, with_flash_attention
-from gptoss_opt.kernels.attention import attention
+from gptoss_opt.kernels.attention import BACKENDS, AttentionRequest, attention
 
 HEADS, KV_HEADS, DIM = 64, 8, 64
 WINDOW = 128
@@ -191,8 +191,11 @@ def tensors_of(case: Attention) -> tuple[list[Tensor], Tensor]:
 
 
 def ours(case: Attention) -> Attend:
-    """Our attention."""
-    return lambda q, k, v, sinks: attention(q, k, v, sinks, scale=DIM**-0.5, window=case.window).transpose(1, 2)
+    """Our attention, by the backend that a model of this dtype gets here."""
+    request = AttentionRequest(device().type, case.dtype, DIM)
+    backend = next(one.name for one in BACKENDS if one.why_not(request) is None)
+    attend = partial(attention, scale=DIM**-0.5, window=case.window, backend=backend)
+    return lambda q, k, v, sinks: attend(q, k, v, sinks).transpose(1, 2)
 
 
 def eager(case: Attention) -> Attend:
