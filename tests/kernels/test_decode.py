@@ -102,6 +102,31 @@ def test_extreme_sinks_and_logits_of_several_queries(large: float, window: int |
 
 
 @several
+@pytest.mark.parametrize("sink", [0.0, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_what_is_no_number_stays_none(where: str, value: float, sink: float) -> None:
+    """Of several queries it shows where it shows in the reference; another token's output stays a number."""
+    q, k, v = (torch.randn(1, heads, 20, 64).bfloat16() for heads in (4, 2, 2))
+    sinks = torch.full((4,), sink).bfloat16()
+    (q if where == "q" else k)[:, :, 5] = value
+    rules = Rules(SCALE, 9, NOTHING_HIDDEN)
+    exact = reference_attention(*(x.double() for x in (q, k, v, sinks)), rules)
+    out, lse = native.forward(q, k, v, sinks, rules)
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(lse.isnan(), exact.isnan().any(-1))
+    assert exact.isnan().any()
+    assert not exact[:, :, :5].isnan().any()
+
+
+@several
+@pytest.mark.parametrize(("heads", "num_queries"), [(3, 4), (4, 30)])
+def test_shapes_that_do_not_go_together_are_torchs(heads: int, num_queries: int) -> None:
+    q, k = torch.randn(1, heads, num_queries, 64).bfloat16(), torch.randn(1, 2, 20, 64).bfloat16()
+    assert not native.serves(q, k, k, Rules(SCALE, None, NOTHING_HIDDEN))
+
+
+@several
 def test_several_queries_of_any_layout() -> None:
     q, k, v = (torch.randn(2, 40, heads, 128).bfloat16()[..., ::2].transpose(1, 2) for heads in (8, 2, 2))
     sinks, rules = torch.randn(8), Rules(SCALE, 20, NOTHING_HIDDEN)

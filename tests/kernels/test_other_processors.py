@@ -11,20 +11,24 @@ import pytest
 from gptoss_opt.kernels import native
 
 SOURCES = Path(native.__file__).parent / "c"
+ARM = "aarch64-linux-gnu-gcc"
 PROCESSORS = {
-    "this one": ("cc", []),
-    "64-bit ARM": ("aarch64-linux-gnu-gcc", ["qemu-aarch64", "-cpu", "cortex-a72"]),
-    "64-bit ARM with bfloat16": ("aarch64-linux-gnu-gcc", ["qemu-aarch64", "-cpu", "max"]),
+    "this one": ("cc", [], []),
+    "64-bit ARM": (ARM, [], ["qemu-aarch64", "-cpu", "cortex-a72"]),
+    "64-bit ARM with bfloat16": (ARM, [], ["qemu-aarch64", "-cpu", "max"]),
+    "64-bit ARM of 2019": (ARM, ["-march=armv8.4-a"], ["qemu-aarch64", "-cpu", "max"]),
+    "64-bit ARM of 2020": (ARM, ["-mcpu=neoverse-v1"], ["qemu-aarch64", "-cpu", "max"]),
+    "64-bit ARM with extensions": (ARM, ["-march=armv8-a+crc+crypto"], ["qemu-aarch64", "-cpu", "cortex-a72"]),
 }
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_beside_plain_loops(name: str, tmp_path: Path) -> None:
-    compiler, emulator = PROCESSORS[name]
+    compiler, chosen, emulator = PROCESSORS[name]
     if missing := [one for one in (compiler, *emulator[:1]) if not shutil.which(one)]:
         pytest.skip(f"{missing[0]} is not installed")
     program = tmp_path / "by_itself"
-    options = ["-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-static", f"-I{SOURCES}"]
+    options = [*chosen, "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-static", f"-I{SOURCES}"]
     source = str(Path(__file__).with_name("by_itself.c"))
     subprocess.run([compiler, *options, source, "-o", str(program), "-lm", "-lpthread"], check=True)
     run = subprocess.run([*emulator, str(program)], capture_output=True, text=True, check=False)

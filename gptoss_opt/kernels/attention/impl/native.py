@@ -24,6 +24,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
         return False
     if native.why_no_attention(q.device.type, q.dtype, q.shape[3]) is not None:
         return False
+    if q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
+        return False  # torch says what does not go together
     if q.shape[2] > 1:
         return native.multiplies_attention(q.dtype, q.shape[3])
     return k.is_contiguous() and v.is_contiguous()  # to copy a cache for one query would take longer than torch does

@@ -4,18 +4,27 @@
 #include "common.h"
 #include "linear.h"
 
-#if defined(__aarch64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 10)
+/* How functions are let use the instructions: compilers know several ways, and none where extensions are chosen by hand on
+ * the oldest architecture. */
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define NEON_TARGET
+#elif defined(__aarch64__) && defined(__clang__) && __clang_major__ >= 16
+#define NEON_TARGET __attribute__((target("bf16")))
+#elif defined(__aarch64__) && !defined(__clang__) && __GNUC__ >= 10
+#if defined(__ARM_FEATURE_QRDMX)
+#define NEON_TARGET __attribute__((target("+bf16")))
+#elif !defined(__ARM_FEATURE_CRC32) && !defined(__ARM_FEATURE_CRYPTO) && !defined(__ARM_FEATURE_SVE)
+#define NEON_TARGET __attribute__((target("arch=armv8.2-a+bf16")))
+#endif
+#endif
+
+#if defined(__aarch64__) && defined(NEON_TARGET)
 #define NEON_BF16 1
 #include <arm_neon.h>
 #if defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
-#endif
-#if defined(__clang__)
-#define NEON_TARGET __attribute__((target("bf16")))
-#else
-#define NEON_TARGET __attribute__((target("arch=armv8.2-a+bf16")))
 #endif
 #define NEON_INLINE INLINE NEON_TARGET
 

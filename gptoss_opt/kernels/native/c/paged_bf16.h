@@ -6,9 +6,9 @@
 
 enum { KEY_VECTORS = KEYS / LANES };
 
-/* e^v for v <= 0, as `exponential`; 0 where v is far below. */
+/* e^v for v <= 0, as `exponential`; 0 where v is far below, and NaN where it is NaN: of two the second stays. */
 BF16_INLINE __m512 exponentials(__m512 v) {
-    v = _mm512_max_ps(v, _mm512_set1_ps(-104.0f));
+    v = _mm512_max_ps(_mm512_set1_ps(-104.0f), v);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v), p = _mm512_set1_ps(1.0f / 5040);
     r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
@@ -81,10 +81,11 @@ BF16_INLINE void see_keys(const int rows, const PagedArguments *p, const Seen *s
             most = _mm512_mask_max_ps(most, seen[v], most, sum[t][v]);
         }
         const float before = s->largest[r + t], block = _mm512_reduce_max_ps(most);
-        const float now = block > before ? block : before, nothing = now == -INFINITY;
+        const float now = block > before ? block : before;
+        const int nothing = before == -INFINITY && !(seen[0] | seen[1] | seen[2] | seen[3]); /* neither key nor sink */
         UNROLL for (int v = 0; v < KEY_VECTORS; v++) {
             const __m512 weight = _mm512_maskz_mov_ps(
-                nothing ? 0 : seen[v], exponentials(_mm512_sub_ps(sum[t][v], _mm512_set1_ps(now))));
+                seen[v], exponentials(_mm512_sub_ps(sum[t][v], _mm512_set1_ps(now))));
             total = _mm512_add_ps(total, weight);
             _mm256_store_si256((__m256i *)(weights[t] + v * LANES), (__m256i)_mm512_cvtneps_pbh(weight));
         }
