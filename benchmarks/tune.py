@@ -1,7 +1,7 @@
 """Which kernel computes when: linear layers and experts of gpt-oss-20b, natively and by torch, at each number of rows.
 
-Prints this processor's part of the table in gptoss_opt/kernels/which.py. Between two reads of a weight a case reads
-more than a cache holds, as a model does, but for the router, which is small.
+Prints this processor's part of the table in gptoss_opt/kernels/kernel_table.py. Between two reads of a weight a case
+reads more than a cache holds, as a model does, but for the router, which is small.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from benchmarks.machine import Machine
 from gptoss_opt.kernels import memory
 from gptoss_opt.kernels.experts import DenseWeights, PackedWeights
 from gptoss_opt.kernels.experts.impl.native import NATIVE, NATIVE_DENSE, torchs_product
+from gptoss_opt.kernels.kernel_table import DENSE_EXPERTS, LINEARS, PACKED_EXPERTS, Ranges, kernel_for, measured
 from gptoss_opt.kernels.linear import linear
 from gptoss_opt.kernels.native import BFLOAT16, INSTRUCTION_SETS, library
 from gptoss_opt.kernels.processor import processor
-from gptoss_opt.kernels.which import DENSE_EXPERTS, LINEARS, PACKED_EXPERTS, Ranges, kernel_for, measured
 
 SHAPES = {
     "q_proj": (4096, 2880),
@@ -232,7 +232,7 @@ def expert_ranges(ratios: Mapping[int, float]) -> Ranges:
 
 
 def conclude(points: Sequence[Point]) -> str:
-    """This processor's part of the table in which.py, and whether it is what is there."""
+    """This processor's part of the table in kernel_table.py, and whether it is what is there."""
     ratios: dict[tuple[str, str], dict[int, float]] = {}
     for point in points:
         if "projection" in point:
@@ -249,7 +249,7 @@ def conclude(points: Sequence[Point]) -> str:
     ]
     key = f"    ({processor()!r}, {INSTRUCTION_SETS[library().best]!r}): {{"
     verdict = "as it is checked in" if there == found else "which is not what is checked in"
-    heading = f"For TABLE in gptoss_opt/kernels/which.py, {verdict}:"
+    heading = f"For TABLE in gptoss_opt/kernels/kernel_table.py, {verdict}:"
     return "\n".join([heading, *(line.replace("'", '"') for line in (key, *lines, "    },"))])
 
 

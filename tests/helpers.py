@@ -17,8 +17,8 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 from gptoss_opt.core import WRAPPERS
 from gptoss_opt.kernels.attention import Rules, Visible
 from gptoss_opt.kernels.attention.impl.reference import reference_attention
+from gptoss_opt.kernels.kernel_table import LINEARS, Ranges
 from gptoss_opt.kernels.mxfp4 import pack, unpack
-from gptoss_opt.kernels.which import LINEARS, Ranges
 
 GOLDEN = Path(__file__).parent / "golden" / "small"
 WINDOW = 8
@@ -154,7 +154,7 @@ def group_of_one() -> Iterator[None]:
 
 
 def few_rows_native(most: int = 8) -> dict[tuple[str, torch.dtype], Ranges]:
-    """What `which.measured` says where the native linear layers are faster up to so many rows."""
+    """What `kernel_table.measured` says where the native linear layers are faster up to so many rows."""
     dtypes = (torch.float32, torch.bfloat16)
     return {(name, dtype): ((most, "native"), (None, "torch")) for name in LINEARS for dtype in dtypes}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .gate import PLAIN, admit
 from .mxfp4 import BLOCK
-from .native import BFLOAT16, DTYPES, LANES, LayerArguments, Matrices, library
+from .native import BFLOAT16, DTYPES, LANES, LayerArguments, Matrices, check_memory, library
 
 
 class LayerWeights(NamedTuple):
@@ -116,7 +116,8 @@ class NativeLayer:
         there = map(Tensor.data_ptr, (x, cos, sin, q, k, v))
         angles = 0 if len(cos) == 1 else dim // 2
         num_threads = torch.get_num_threads()
-        _check(functions.gptoss_layer_before(best, self._arguments, *there, rows, angles, parallel, num_threads))
+        status = functions.gptoss_layer_before(best, self._arguments, *there, rows, angles, parallel, num_threads)
+        check_memory(status)
         return q, k, v
 
     def between(self, x: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +132,9 @@ class NativeLayer:
         total, normed, logits = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, self.num_experts)
         there = map(Tensor.data_ptr, (x, q, keys, values, total, normed, logits))
         num_threads = torch.get_num_threads()
-        _check(functions.gptoss_layer_between(best, self._arguments, *there, rows, num_keys, parallel, num_threads))
+        check_memory(
+            functions.gptoss_layer_between(best, self._arguments, *there, rows, num_keys, parallel, num_threads)
+        )
         return total, normed, logits
 
     def after(self, total: Tensor, normed: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
@@ -139,7 +142,9 @@ class NativeLayer:
         functions, best, parallel = library()
         out = torch.empty_like(total)
         there = map(Tensor.data_ptr, (total, normed, indices, routing_weights, out))
-        _check(functions.gptoss_layer_after(best, self._arguments, *there, len(out), parallel, torch.get_num_threads()))
+        check_memory(
+            functions.gptoss_layer_after(best, self._arguments, *there, len(out), parallel, torch.get_num_threads())
+        )
         return out
 
 
@@ -182,8 +187,3 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], sizes: LayerSizes) -> None
         raise ValueError(f"a native layer has no hidden size {hidden} with {heads} and {kv_heads} heads of {dim}.")
     if sizes.top_k > num_experts or sizes.top_k < 1 or (sizes.window is not None and sizes.window < 1):
         raise ValueError(f"a native layer has no {sizes.top_k} of {num_experts} experts and window {sizes.window}.")
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("the native kernel found no memory for its scratch space.")

@@ -1,7 +1,7 @@
 """Linear layers of few rows on CPUs, by the native library.
 
 A product of few rows takes the time in which its weights are read, and the native one comes nearer to what the memory
-gives than torch's. From some number of rows on, torch's is as fast: see `which.py`.
+gives than torch's. From some number of rows on, torch's is as fast: see `kernel_table.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .direct import is_direct
 from .gate import admit
+from .kernel_table import LINEARS, is_ever_native, kernel_for
 from .native import DTYPES, LinearArguments, library, why_not
 from .processor import processor
-from .which import LINEARS, is_ever_native, kernel_for
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from ..kernels.experts import (
     experts,
     is_traced,
 )
+from ..kernels.kernel_table import DENSE_EXPERTS, PACKED_EXPERTS, described
 from ..kernels.mxfp4 import BLOCK
 from ..kernels.native import computes_on
-from ..kernels.which import DENSE_EXPERTS, PACKED_EXPERTS, described
 from ..layout import MXFP4
 from .changes import change_of
 from .host import config_paths

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, Gpt
 from ..core.journal import Around, ClassForward, Journal
 from ..kernels.decoder_layer import LayerSizes, LayerWeights, NativeLayer
 from ..kernels.direct import is_direct
-from ..kernels.which import LINEARS, PACKED_EXPERTS, ranges
+from ..kernels.kernel_table import LINEARS, PACKED_EXPERTS, ranges
 from .attention import FORWARD as ATTENTION
 from .attention import KEY as ATTENTION_KEY
 from .attention import is_transformers, natively_rotated
@@ -29,16 +29,35 @@ Forward = Callable[..., Any]
 CALL = nn.Module.__call__
 LAYER = own_forward(GptOssDecoderLayer)
 
-PARTS: tuple[tuple[Forward | None, Forward | None], ...] = (
-    (NORM, natively_normed),
-    (ATTENTION, natively_rotated),
-    *[(LINEAR, few_rows_faster)] * 4,
-    (NORM, natively_normed),
-    (own_forward(GptOssMLP), None),
-    (ROUTER, few_rows_routed),
-    (own_forward(GptOssExperts), None),
+
+class Parts(NamedTuple):
+    """The parts of a layer."""
+
+    input_norm: Any
+    attention: Any
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    post_norm: Any
+    mlp: Any
+    router: Any
+    experts: Any
+
+
+NATIVE_PARTS = Parts(
+    input_norm=(NORM, natively_normed),
+    attention=(ATTENTION, natively_rotated),
+    q=(LINEAR, few_rows_faster),
+    k=(LINEAR, few_rows_faster),
+    v=(LINEAR, few_rows_faster),
+    o=(LINEAR, few_rows_faster),
+    post_norm=(NORM, natively_normed),
+    mlp=(own_forward(GptOssMLP), None),
+    router=(ROUTER, few_rows_routed),
+    experts=(own_forward(GptOssExperts), None),
 )
-"""Of each part that `_parts` finds: the forward of its class, and what lies around it if the part is native."""
+"""Of each part: the forward of its class, and what lies around it if the part is native."""
 
 OUR_ATTENTION, OUR_EXPERTS = ATTENTION_KEY.format("native"), EXPERTS_KEY.format("native")
 REGISTERED = ALL_ATTENTION_FUNCTIONS[OUR_ATTENTION], ALL_EXPERTS_FUNCTIONS[OUR_EXPERTS]
@@ -105,7 +124,7 @@ def _native(
     if not is_direct(x, cos, sin) or not x.is_contiguous() or (parts := _parts(layer)) is None:
         return None
     with torch._C.DisableTorchFunctionSubclass():  # of a packed weight each look would be a call of `Codes`
-        weights, sizes = _weights(*parts), _sizes(*parts)
+        weights, sizes = _weights(parts), _sizes(parts)
         native = found.native
         if native is None or not native.reads(weights, sizes):
             found.native = native = _looked_at(found, weights, sizes)
@@ -117,17 +136,26 @@ def _native(
     return native if fits else None
 
 
-def _parts(layer: Any) -> list[Any] | None:
-    """The parts of a layer in the order of `PARTS`; None unless each of them would be native by itself."""
+def _parts(layer: Any) -> Parts | None:
+    """The parts of a layer; None unless each of them would be native by itself."""
     own = layer._modules
     attention, mlp = own.get("self_attn"), own.get("mlp")
     if attention is None or mlp is None:
         return None
     of_attention, of_mlp = attention._modules, mlp._modules
-    parts = [own.get("input_layernorm"), attention]
-    parts += [of_attention.get(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    parts += [own.get("post_attention_layernorm"), mlp, of_mlp.get("router"), of_mlp.get("experts")]
-    for part, (forward, function) in zip(parts, PARTS, strict=True):
+    parts = Parts(
+        input_norm=own.get("input_layernorm"),
+        attention=attention,
+        q=of_attention.get("q_proj"),
+        k=of_attention.get("k_proj"),
+        v=of_attention.get("v_proj"),
+        o=of_attention.get("o_proj"),
+        post_norm=own.get("post_attention_layernorm"),
+        mlp=mlp,
+        router=of_mlp.get("router"),
+        experts=of_mlp.get("experts"),
+    )
+    for part, (forward, function) in zip(parts, NATIVE_PARTS, strict=True):
         if part is None or part.__class__.forward is not forward or part.__class__.__call__ is not CALL:
             return None
         has = part.__dict__
@@ -143,54 +171,51 @@ def _parts(layer: Any) -> list[Any] | None:
             or around.inner.__class__ is not ClassForward
         ):
             return None
-    experts = parts[-1]
+    experts = parts.experts
     ours = WRAPPED in attention.__dict__ and attention.config._attn_implementation == OUR_ATTENTION
     ours = ours and WRAPPED in experts.__dict__ and experts.config._experts_implementation == OUR_EXPERTS
     registered = ALL_ATTENTION_FUNCTIONS[OUR_ATTENTION], ALL_EXPERTS_FUNCTIONS[OUR_EXPERTS]
     return parts if ours and registered == REGISTERED and ADAPTERS not in experts.__dict__ else None
 
 
-def _weights(
-    input_norm: Any, attention: Any, q: Any, k: Any, v: Any, o: Any, post_norm: Any, mlp: Any, router: Any, experts: Any
-) -> LayerWeights:
+def _weights(parts: Parts) -> LayerWeights:
     """What the parts hold; None for what they lack, or compute from something else."""
-    of_experts = experts._parameters.get
+    of_experts = parts.experts._parameters.get
     return LayerWeights(
-        input_norm._parameters.get("weight"),
-        q._parameters.get("weight"),
-        q._parameters.get("bias"),
-        k._parameters.get("weight"),
-        k._parameters.get("bias"),
-        v._parameters.get("weight"),
-        v._parameters.get("bias"),
-        attention._parameters.get("sinks"),
-        o._parameters.get("weight"),
-        o._parameters.get("bias"),
-        post_norm._parameters.get("weight"),
-        router._parameters.get("weight"),
-        router._parameters.get("bias"),
-        of_experts("gate_up_proj_blocks"),
-        of_experts("gate_up_proj_scales"),
-        of_experts("gate_up_proj_bias"),
-        of_experts("down_proj_blocks"),
-        of_experts("down_proj_scales"),
-        of_experts("down_proj_bias"),
+        input_norm=parts.input_norm._parameters.get("weight"),
+        q=parts.q._parameters.get("weight"),
+        q_bias=parts.q._parameters.get("bias"),
+        k=parts.k._parameters.get("weight"),
+        k_bias=parts.k._parameters.get("bias"),
+        v=parts.v._parameters.get("weight"),
+        v_bias=parts.v._parameters.get("bias"),
+        sinks=parts.attention._parameters.get("sinks"),
+        o=parts.o._parameters.get("weight"),
+        o_bias=parts.o._parameters.get("bias"),
+        post_norm=parts.post_norm._parameters.get("weight"),
+        router=parts.router._parameters.get("weight"),
+        router_bias=parts.router._parameters.get("bias"),
+        gate_up_blocks=of_experts("gate_up_proj_blocks"),
+        gate_up_scales=of_experts("gate_up_proj_scales"),
+        gate_up_bias=of_experts("gate_up_proj_bias"),
+        down_blocks=of_experts("down_proj_blocks"),
+        down_scales=of_experts("down_proj_scales"),
+        down_bias=of_experts("down_proj_bias"),
     )
 
 
-def _sizes(
-    input_norm: Any, attention: Any, q: Any, k: Any, v: Any, o: Any, post_norm: Any, mlp: Any, router: Any, experts: Any
-) -> LayerSizes:
+def _sizes(parts: Parts) -> LayerSizes:
     """What the parts compute now."""
+    attention, experts = parts.attention.__dict__, parts.experts.__dict__
     return LayerSizes(
-        attention.__dict__.get("head_dim"),
-        router.__dict__.get("top_k"),
-        attention.__dict__.get("sliding_window"),
-        attention.__dict__.get("scaling"),
-        input_norm.__dict__.get("variance_epsilon"),
-        post_norm.__dict__.get("variance_epsilon"),
-        experts.__dict__.get("alpha"),
-        experts.__dict__.get("limit"),
+        head_dim=attention.get("head_dim"),
+        top_k=parts.router.__dict__.get("top_k"),
+        window=attention.get("sliding_window"),
+        scale=attention.get("scaling"),
+        input_eps=parts.input_norm.__dict__.get("variance_epsilon"),
+        post_eps=parts.post_norm.__dict__.get("variance_epsilon"),
+        alpha=experts.get("alpha"),
+        limit=experts.get("limit"),
     )
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
 
 from ..core.journal import Around, Journal
+from ..kernels.kernel_table import described, is_ever_native
 from ..kernels.linear import LinearRequest, is_faster, product
 from ..kernels.norm import is_served, rms_norm
-from ..kernels.which import described, is_ever_native
 from .modules import Named, execution_device, is_plain, own_forward
 
 LINEARS = "the linear layers"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core import Stack
-from ..layout import Form
+from ..layout import DENSE, Form
 
 KINDS = {
     ".experts.": "experts",
@@ -80,6 +80,6 @@ def _on_rank(forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> Parame
         weights[kind_of(name, form)] += num_bytes
         if form.new and form.new.trainable:
             trainable[form.dtype.itemsize] += num_bytes // form.dtype.itemsize
-        elif form.storage == "dense" and not form.new:
+        elif form.storage == DENSE.name and not form.new:
             dense[form.dtype.itemsize] += num_bytes // form.dtype.itemsize
     return Parameters(dict(weights), dict(trainable), dict(dense))

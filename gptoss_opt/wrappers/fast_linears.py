@@ -48,7 +48,8 @@ def with_fast_linears(*, backend: str = "auto") -> FastLinears:
 
     A decode step reads every weight once, and torch's products of few rows read them at less than the memory gives. On
     processors where the native product was measured to be faster it computes up to a number of rows, which `explain`
-    names; the norms between them are computed natively too, in one pass. More rows stay torch's, and so does all that
+    names; the norms between them are computed natively too, in one pass. Beside native attention and packed experts,
+    whole layers take one token of each sequence in three native calls. More rows stay torch's, and so does all that
     trains. Weights, checkpoint and adapters stay as they are.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptoss_opt import shard_tensor_parallel, with_fast_linears
-from gptoss_opt.kernels import native, which
+from gptoss_opt.kernels import kernel_table, native
 from gptoss_opt.model import linears
 from tests.distributed.models import UNEVEN
 from tests.distributed.ranks import Ranks
@@ -21,7 +21,7 @@ def sharded(off: bool) -> Tensor:
     """Logits of 8 tokens; or of products of which one value is off."""
     real = linears.product
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(which, "measured", few_rows_native)
+        patch.setattr(kernel_table, "measured", few_rows_native)
         patch.setattr(linears, "product", lambda *args: real(*args) * (1.01 if off else 1))
         with torch.no_grad():
             logits: Tensor = with_fast_linears(shard_tensor_parallel(tiny_model(**UNEVEN)))(ids()[:1, :8]).logits

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptoss_opt.kernels import kernel_table, native
 from gptoss_opt.kernels import linear as linear_module
-from gptoss_opt.kernels import native, which
+from gptoss_opt.kernels.kernel_table import is_ever_native
 from gptoss_opt.kernels.linear import linear
-from gptoss_opt.kernels.which import is_ever_native
 from tests.helpers import relative
 
 if native.why_not("cpu", torch.float32):
@@ -75,7 +75,7 @@ def test_each_row_is_the_same_whatever_is_beside_it() -> None:
 
 def test_it_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     is_faster = partial(linear_module.is_faster, "q_proj")
-    monkeypatch.setattr(which, "measured", lambda: {("q_proj", torch.float32): ((8, "native"), (None, "torch"))})
+    monkeypatch.setattr(kernel_table, "measured", lambda: {("q_proj", torch.float32): ((8, "native"), (None, "torch"))})
     x, weight, bias = problem(4, (24, 48), torch.float32)
     assert is_faster(x, weight, bias)
     assert is_faster(x, weight, None)

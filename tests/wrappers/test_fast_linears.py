@@ -19,8 +19,8 @@ from gptoss_opt import (
     with_fast_linears,
     with_lora,
 )
+from gptoss_opt.kernels import kernel_table, native
 from gptoss_opt.kernels import linear as kernel
-from gptoss_opt.kernels import native, which
 from gptoss_opt.model import linears
 from gptoss_opt.model import loss as model_loss
 from tests.helpers import few_rows_native, ids, loss_and_gradients, relative, tiny_model
@@ -36,7 +36,7 @@ PER_FORWARD = 3 * 5 + 1
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """The shapes of x that were computed natively, up to 8 rows."""
     found: list[tuple[int, ...]] = []
-    monkeypatch.setattr(which, "measured", few_rows_native)
+    monkeypatch.setattr(kernel_table, "measured", few_rows_native)
     real = kernel.product
 
     def counted(x: Tensor, *args: Any) -> Tensor:
@@ -114,7 +114,7 @@ def test_the_loss_in_chunks_still_sees_a_plain_head(
 
 
 def test_where_it_is_not_known_to_be_faster_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(which, "measured", dict)
+    monkeypatch.setattr(kernel_table, "measured", dict)
     model = with_fast_linears(tiny_model())
     assert "forward" not in model.lm_head.__dict__
     (row,) = explain(model).rows

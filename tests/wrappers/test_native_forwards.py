@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from gptoss_opt import with_fast_linears, with_flash_attention
-from gptoss_opt.kernels import native, which
+from gptoss_opt.kernels import kernel_table, native
 from gptoss_opt.model import attention, linears
 from tests.helpers import few_rows_native, ids, relative, tiny_model
 
@@ -31,7 +31,7 @@ LAYERS = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was computed natively."""
     found: list[str] = []
-    monkeypatch.setattr(which, "measured", few_rows_native)
+    monkeypatch.setattr(kernel_table, "measured", few_rows_native)
     for module, name in ((linears, "product"), (linears, "rms_norm"), (attention, "rotate")):
         real: Callable[..., Any] = getattr(module, name)
 

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from gptoss_opt import explain, undo, with_fast_linears, with_flash_attention, with_lora, with_mxfp4_experts
-from gptoss_opt.kernels import native, which
+from gptoss_opt.kernels import kernel_table, native
 from gptoss_opt.kernels.decoder_layer import NativeLayer
 from gptoss_opt.model import layers
 from tests.helpers import few_rows_native, ids, tiny_model
@@ -35,7 +35,7 @@ LAYERS = 3
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many rows native layers were given, of tables in which up to 8 are native."""
     found: list[int] = []
-    monkeypatch.setattr(which, "measured", few_rows_native)
+    monkeypatch.setattr(kernel_table, "measured", few_rows_native)
     real = NativeLayer.before
 
     def counted(self: NativeLayer, x: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
@@ -320,10 +320,10 @@ def forward(self, *args, **kwargs):
 forward.calls = 0
 cls.forward = forward
 from gptoss_opt import with_fast_linears, with_flash_attention, with_mxfp4_experts
-from gptoss_opt.kernels import which
+from gptoss_opt.kernels import kernel_table
 from tests.helpers import few_rows_native, ids, tiny_model
 
-which.measured = few_rows_native
+kernel_table.measured = few_rows_native
 model = with_fast_linears(with_flash_attention(with_mxfp4_experts(tiny_model()))).eval()
 with torch.no_grad():
     model(ids()[:1, :1])

@@ -62,9 +62,11 @@ def experts(
     if under := transforms.active():
         transforms.refuse(f"backend {backend!r} of the experts", set() if backend == "reference" else under)
         return all_experts(x, indices, routing_weights, gate_up, down, alpha, limit, changes)
-    fused = kernel_of(gate_up, backend).fused if changes == (None, None) else None
-    if fused and not needs_operator(x, routing_weights, *vars(gate_up).values(), *vars(down).values()):
-        return fused(x, indices, routing_weights, gate_up, down, alpha, limit)
+    tensors = (x, routing_weights, *vars(gate_up).values(), *vars(down).values())
+    if changes == (None, None) and not needs_operator(*tensors):
+        fused = kernel_of(gate_up, backend).fused_for(x, indices, gate_up)
+        if fused is not None:
+            return fused(x, indices, routing_weights, gate_up, down, alpha, limit)
     # The dtype is that of the tokens, whatever autocast would make of plain products.
     with torch.autocast(x.device.type, enabled=False):
         routes = Routes.of(indices, gate_up.shape[0])

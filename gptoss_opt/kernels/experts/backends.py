@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,28 +11,25 @@ from .impl.reference import REFERENCE, REFERENCE_DENSE
 from .impl.torch_grouped import ROW_BYTES as ROW_BYTES
 from .impl.torch_grouped import TORCH_GROUPED
 from .impl.triton import TRITON
-from .weights import ExpertWeights, PackedWeights
+from .weights import ExpertWeights, Fused, PackedWeights
 
 PACKED_BACKENDS = (TRITON, NATIVE, REFERENCE)
 TORCH_BACKENDS = (TORCH_GROUPED, REFERENCE_DENSE)
 """Those for dense weights that are made of torch alone; the first takes rows of whole units, of `ROW_BYTES`."""
 DENSE_BACKENDS = (NATIVE_DENSE, *TORCH_BACKENDS)
 
-Fused = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertWeights, float, float], Tensor]
-"""All of `experts` in one call, without gradients."""
-
 
 class Kernel(Protocol):
     """The product with weights, and its gradient for the rows.
 
     Rows `x` [N, in] and `y` [N, out] are sorted by expert, those of expert `e` ending before `offsets[e]`, int32 [E].
-    Rows after the last offset belong to no expert and give zeros. `fused` is there if one call can do all of it.
+    Rows after the last offset belong to no expert and give zeros. `fused_for` gives what does all of `experts` in one
+    call for these tokens, routes and weights of gate and up, without gradients; None if nothing does.
     `as_operator` says whether a call must go through the operator of `linear`; otherwise it needs no gradient, or
     autograd differentiates `forward` itself.
     """
 
-    @property
-    def fused(self) -> Fused | None: ...
+    def fused_for(self, x: Tensor, indices: Tensor, weights: Any) -> Fused | None: ...
     def as_operator(self, x: Tensor, weights: Any) -> bool: ...
     def forward(self, x: Tensor, offsets: Tensor, weights: Any) -> Tensor: ...
     def backward(self, d_y: Tensor, offsets: Tensor, weights: Any) -> Tensor: ...

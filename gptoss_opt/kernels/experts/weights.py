@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,8 @@ class PackedWeights:
 
 
 ExpertWeights = DenseWeights | PackedWeights
+Fused = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertWeights, float, float], Tensor]
+"""All of `experts` in one call: tokens, indices, routing weights, both projections, alpha and limit."""
 
 
 def weights_of(weight: Tensor, scales: Tensor | None, bias: Tensor | None = None) -> ExpertWeights:

@@ -147,6 +147,12 @@ def multiplies_attention(dtype: torch.dtype, head_dim: int) -> bool:
     return known and dtype == torch.bfloat16 and head_dim % PANEL_WIDTH == 0
 
 
+def check_memory(status: int) -> None:
+    """Raise `MemoryError` if a function of the library says, by what it returned, that it found no memory."""
+    if status:
+        raise MemoryError("the native kernel found no memory for its scratch space.")
+
+
 @cache
 def _path() -> str | None:
     spec = importlib.util.find_spec(MODULE)

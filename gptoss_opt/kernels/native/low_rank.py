@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..gate import admit
-from . import DTYPES, LowRankArguments, library, why_not
+from . import DTYPES, LowRankArguments, check_memory, library, why_not
 
 LANES = 16
 
@@ -106,5 +106,4 @@ def _call(
     )
     which = best if instruction_set is None else instruction_set
     status = functions.gptoss_low_rank(which, kind, ctypes.byref(arguments), parallel, torch.get_num_threads())
-    if status:
-        raise MemoryError("the native kernel found no memory for its scratch space.")
+    check_memory(status)

@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from ...gate import admit
+from ...kernel_table import DENSE_EXPERTS, PACKED_EXPERTS, is_ever_native, kernel_for
 from ...mxfp4 import BLOCK, unpack
-from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, TILE_ROWS, Matrices, library, why_not
+from ...native import BFLOAT16, DTYPES, INSTRUCTION_SETS, TILE_ROWS, Matrices, check_memory, library, why_not
 from ...processor import processor
 from ...tracing import needs_operator
-from ...which import DENSE_EXPERTS, PACKED_EXPERTS, is_ever_native, kernel_for
 from .. import one_by_one
 from ..clamp import edge
-from ..routes import Routes
-from ..weights import DenseWeights, ExpertsRequest, ExpertWeights, PackedWeights
+from ..weights import DenseWeights, ExpertsRequest, ExpertWeights, Fused, PackedWeights
 
 
 class Native:
     """Packed weights, decoded in registers; bfloat16 or float32, sums in float32.
 
-    Where torch's products were measured to be faster (`which.py`), each expert is decoded for them as a whole.
+    Where torch's products were measured to be faster (`kernel_table.py`), each expert is decoded for them as a whole.
     `instruction_set` is an index of `INSTRUCTION_SETS`, by default the best that this CPU has.
     """
 
@@ -32,6 +31,10 @@ class Native:
     def why_not(self, request: ExpertsRequest) -> str | None:
         """The reason why it cannot serve, or None."""
         return why_not(request.device_type, request.dtype)
+
+    def fused_for(self, x: Tensor, indices: Tensor, weights: ExpertWeights) -> Fused | None:
+        """All in one call, but where torch's products are faster."""
+        return None if _is_torchs(indices.numel(), weights, x.dtype) else self.fused
 
     def fused(
         self,
@@ -51,12 +54,6 @@ class Native:
         dtype = _dtype(x, gate_up, down, which=which)
         num_experts, hidden, pairs = gate_up.shape
         routes = (len(x), indices.shape[-1])
-        if instruction_set is None and _is_torchs(indices.numel(), gate_up, x.dtype):
-            with torch.autocast("cpu", enabled=False):  # the dtype is that of the tokens
-                by_expert = Routes.of(indices, num_experts)
-                inner = self.forward(by_expert.gather(x), by_expert.offsets, gate_up)
-                inner = self.forward(self.swiglu(inner, alpha, limit), by_expert.offsets, down)
-                return by_expert.combine(inner, routing_weights)
         rows = admit("x", x.to(dtype), dtype, (len(x), hidden))
         indices = admit("indices", indices.to(torch.int64), torch.int64, routes)
         # To the dtype of x first: as where gradients are asked for.
@@ -166,8 +163,7 @@ def torchs_product(x: Tensor, offsets: Tensor, weights: ExpertWeights, *, backwa
 
 def _check(status: int) -> None:
     assert status != -2, "dense weights are checked before"
-    if status:
-        raise MemoryError("the native kernel found no memory for its scratch space.")
+    check_memory(status)
 
 
 def _matrices(

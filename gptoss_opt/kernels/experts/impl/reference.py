@@ -10,7 +10,7 @@ from ...tracing import needs_operator
 from ..clamp import passes_at_limits
 from ..one_by_one import input_gradient, product
 from ..routes import of_expert
-from ..weights import ExpertsRequest, ExpertWeights
+from ..weights import ExpertsRequest, ExpertWeights, Fused
 
 
 class Reference:
@@ -18,10 +18,13 @@ class Reference:
 
     name = "reference"
     only_named = False
-    fused = None
 
     def why_not(self, request: ExpertsRequest) -> str | None:
         """None: it runs everywhere."""
+        return None
+
+    def fused_for(self, x: Tensor, indices: Tensor, weights: ExpertWeights) -> Fused | None:
+        """None: each step is a call."""
         return None
 
     def as_operator(self, x: Tensor, weights: ExpertWeights) -> bool:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ...tracing import is_traced
 from ..routes import add_bias
-from ..weights import DenseWeights, ExpertsRequest
+from ..weights import DenseWeights, ExpertsRequest, ExpertWeights, Fused
 
 ROW_BYTES = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -19,7 +19,6 @@ class TorchGrouped:
 
     name = "torch"
     only_named = False
-    fused = None
 
     def why_not(self, request: ExpertsRequest) -> str | None:
         """The reason why it cannot serve, or None."""
@@ -32,6 +31,10 @@ class TorchGrouped:
             return "grouped_mm has no kernel for torch.float16 on cuda"
         if odd := [size for size in request.sizes if size * dtype.itemsize % ROW_BYTES]:
             return f"grouped_mm takes rows of a multiple of {ROW_BYTES} bytes, not of {odd[0]} values in {dtype}"
+        return None
+
+    def fused_for(self, x: Tensor, indices: Tensor, weights: ExpertWeights) -> Fused | None:
+        """None: each step is a call."""
         return None
 
     def as_operator(self, x: Tensor, weights: DenseWeights) -> bool:

@@ -22,7 +22,7 @@ from ...tracing import needs_operator
 from ...triton import DTYPES, why_not
 from ..clamp import edge
 from ..routes import add_bias
-from ..weights import ExpertsRequest, PackedWeights
+from ..weights import ExpertsRequest, ExpertWeights, Fused, PackedWeights
 
 
 class TileConfig(NamedTuple):
@@ -80,11 +80,14 @@ class Triton:
 
     name = "triton"
     only_named = False
-    fused = None
 
     def why_not(self, request: ExpertsRequest) -> str | None:
         """The reason why it cannot serve, or None."""
         return why_not(request.device_type, request.dtype)
+
+    def fused_for(self, x: Tensor, indices: Tensor, weights: ExpertWeights) -> Fused | None:
+        """None: each step is a call."""
+        return None
 
     def as_operator(self, x: Tensor, weights: PackedWeights) -> bool:
         return needs_operator(x, *vars(weights).values())

@@ -74,6 +74,7 @@ def attend(
         q.dtype == torch.bfloat16,
     )
     which = best if instruction_set is None else instruction_set
-    if functions.gptoss_paged_attention(which, arguments, len(blocks), parallel, torch.get_num_threads()):
-        raise MemoryError("the native kernel found no memory for its scratch space.")
+    native.check_memory(
+        functions.gptoss_paged_attention(which, arguments, len(blocks), parallel, torch.get_num_threads())
+    )
     return out

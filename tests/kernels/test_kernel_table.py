@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptoss_opt import explain, with_fast_experts, with_mxfp4_experts
-from gptoss_opt.kernels import native, which
+from gptoss_opt.kernels import kernel_table, native
 from gptoss_opt.kernels.experts import (
     DENSE_BACKENDS,
     PACKED_BACKENDS,
@@ -28,15 +28,15 @@ from tests.helpers import relative, tiny_model
 if native.why_not("cpu", torch.float32):
     pytest.skip("no native library here", allow_module_level=True)
 
-EXPERTS = (which.PACKED_EXPERTS, which.DENSE_EXPERTS)
+EXPERTS = (kernel_table.PACKED_EXPERTS, kernel_table.DENSE_EXPERTS)
 
 
 def test_the_table_is_well_formed() -> None:
-    for (name, instruction_set), rows in which.TABLE.items():
+    for (name, instruction_set), rows in kernel_table.TABLE.items():
         assert name in KNOWN.values()
         assert instruction_set in native.INSTRUCTION_SETS
         for (projection, dtype), ranges in rows.items():
-            assert projection in (*which.LINEARS, *EXPERTS)
+            assert projection in (*kernel_table.LINEARS, *EXPERTS)
             assert dtype in native.DTYPES
             *first, (last, _) = ranges
             assert last is None
@@ -46,37 +46,37 @@ def test_the_table_is_well_formed() -> None:
 
 def test_ranges_end_with_their_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
     ranges = ((2, "native"), (8, "torch"), (None, "native"))
-    monkeypatch.setattr(which, "measured", lambda: {("q_proj", torch.float32): ranges})
-    found = [which.kernel_for("q_proj", torch.float32, rows) for rows in (0.5, 2, 2.5, 8, 9)]
+    monkeypatch.setattr(kernel_table, "measured", lambda: {("q_proj", torch.float32): ranges})
+    found = [kernel_table.kernel_for("q_proj", torch.float32, rows) for rows in (0.5, 2, 2.5, 8, 9)]
     assert found == ["native", "native", "torch", "torch", "native"]
-    assert which.described("q_proj", torch.float32).startswith(
+    assert kernel_table.described("q_proj", torch.float32).startswith(
         "native up to 2 rows, torch up to 8 rows, native for more ("
     )
 
 
 def test_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(which, "measured", dict)
-    assert which.kernel_for("q_proj", torch.float32, 1) == "torch"
-    assert [which.kernel_for(name, torch.bfloat16, 1000) for name in EXPERTS] == ["native", "torch"]
+    monkeypatch.setattr(kernel_table, "measured", dict)
+    assert kernel_table.kernel_for("q_proj", torch.float32, 1) == "torch"
+    assert [kernel_table.kernel_for(name, torch.bfloat16, 1000) for name in EXPERTS] == ["native", "torch"]
     reason = NATIVE_DENSE.why_not(ExpertsRequest("cpu", torch.bfloat16, (64, 64)))
     assert reason is not None
     assert ("not measured" in reason) == (native.library().best >= native.BFLOAT16)
-    assert "(not measured on" in which.described("q_proj", torch.float32)
+    assert "(not measured on" in kernel_table.described("q_proj", torch.float32)
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_experts_go_to_torch_from_so_many_rows_on(kind: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind == which.DENSE_EXPERTS and native.library().best < native.BFLOAT16:
+    if kind == kernel_table.DENSE_EXPERTS and native.library().best < native.BFLOAT16:
         pytest.skip("no dense products by the native library here")
-    monkeypatch.setattr(which, "measured", lambda: {(kind, torch.bfloat16): ((4, "native"), (None, "torch"))})
+    monkeypatch.setattr(kernel_table, "measured", lambda: {(kind, torch.bfloat16): ((4, "native"), (None, "torch"))})
     kernel, weights = NATIVE, []
     for width, inner in ((192, 64), (64, 96)):
         bias = torch.randn(3, width).bfloat16()
         packed = PackedWeights(*pack(torch.randn(3, width, inner) / inner**0.5), bias)
         dense = torch.stack([packed.expert(e, bias) for e in range(3)]).contiguous()
-        weights.append(packed if kind == which.PACKED_EXPERTS else DenseWeights(dense, bias))
-    if kind == which.DENSE_EXPERTS:
+        weights.append(packed if kind == kernel_table.PACKED_EXPERTS else DenseWeights(dense, bias))
+    if kind == kernel_table.DENSE_EXPERTS:
         kernel = NATIVE_DENSE
     seen: list[int] = []
     for name in ("product", "input_gradient"):
@@ -110,5 +110,5 @@ def test_explain_names_the_row() -> None:
     ):
         row = explain(wrapper(tiny_model(torch.bfloat16))).rows[0]
         assert row.backend in {backend.name for backend in backends}
-        said = any(which.described(kind, torch.bfloat16) in line for line in row.changed)
+        said = any(kernel_table.described(kind, torch.bfloat16) in line for line in row.changed)
         assert said == (row.backend == "native")
