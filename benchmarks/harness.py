@@ -40,8 +40,9 @@ def hardware() -> str:
 
 
 def kind() -> str:
-    """The kind of device, for the names of files: "zen-5", "cuda"."""
-    return "cuda" if torch.cuda.is_available() else processor().lower().replace(" ", "-")
+    """The kind of device, for the names of files: "zen-5", "nvidia-h100-80gb-hbm3"."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return name.lower().replace(" ", "-")
 
 
 def _read(path: str) -> str:

@@ -18,9 +18,12 @@ from ..kernels.experts import (
     PACKED_BACKENDS,
     DenseWeights,
     ExpertsRequest,
+    Kernel,
     PackedWeights,
     experts,
     is_traced,
+    kernel_of,
+    torch_backend,
 )
 from ..kernels.kernel_table import DENSE_EXPERTS, PACKED_EXPERTS, described
 from ..kernels.mxfp4 import BLOCK
@@ -61,6 +64,20 @@ def why_no_experts(model: nn.Module) -> Iterator[str]:
         yield NO_LAYERS
     elif not expert_modules(model):
         yield "this model has no GptOssExperts. Wrap it before its experts are replaced."
+
+
+def why_experts_wait(model: nn.Module) -> str | None:
+    """The reason why computing the experts waits for the GPU that they are on, or None."""
+    key = str(cast(PreTrainedModel, model).config._experts_implementation)
+    if not key.startswith(KEY.format("")):
+        return f"the experts implementation {key!r} may wait for the device: use with_fast_experts"
+    request, (_, module) = experts_request(model), expert_modules(model)[0]
+    kernels: list[Kernel] = [kernel_of(_weights(module, "down_proj"), key.removeprefix(KEY.format("")))]
+    if any(change_of(module, f"{projection}_") for projection in PROJECTIONS):
+        kernels.append(torch_backend(request))
+    device = execution_device(module, module.down_proj_bias)
+    reasons = (kernel.why_waits(request.dtype, device) for kernel in kernels)
+    return next((reason for reason in reasons if reason), None)
 
 
 def why_experts_stay(model: nn.Module) -> Iterator[str]:

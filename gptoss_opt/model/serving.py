@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..core import mesh_of
 from ..kernels.paged_attention import Paged
 from .attention import KEY
+from .experts import why_experts_wait
 from .host import GPT_OSS
 
 
@@ -83,10 +84,7 @@ def why_not_captured(model: nn.Module) -> str | None:
     """The reason why a step cannot be captured in a CUDA graph, or None."""
     if mesh_of(model) is not None:
         return "ranks hold the model together"
-    experts = str(cast(Any, model).config._experts_implementation)
-    if not experts.startswith(KEY.format("")):
-        return f"the experts implementation {experts!r} may wait for the device: use with_fast_experts"
-    return None
+    return why_experts_wait(model)
 
 
 _STEPS = [0]

@@ -9,7 +9,7 @@ from .. import transforms
 from ..low_rank import LowRank
 from ..tracing import is_traced, needs_operator
 from .activation import swiglu
-from .backends import DENSE_BACKENDS, PACKED_BACKENDS, kernel_of
+from .backends import DENSE_BACKENDS, PACKED_BACKENDS, Kernel, kernel_of, torch_backend
 from .check import check
 from .impl.reference import all_experts
 from .linear import linear

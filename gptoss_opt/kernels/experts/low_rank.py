@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..low_rank import LowRank, dropped
 from ..native.low_rank import add_from_rank, add_gradients, serves, to_rank
 from ..tracing import is_traced
-from .backends import ROW_BYTES, TORCH_BACKENDS, kernel_of
+from .backends import ROW_BYTES, kernel_of, torch_backend
 from .linear import linear
 from .weights import DenseWeights, ExpertsRequest, ExpertWeights, weights_of
 
@@ -46,8 +46,7 @@ def _through(x: Tensor, offsets: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # torch's grouped product takes rows of a multiple of some bytes alone: the rank is filled up with zeros.
     more = -a.shape[1] % (ROW_BYTES // x.dtype.itemsize)
     first, second = (functional.pad(factor, (0, 0, 0, more)) for factor in (a, b))
-    request = ExpertsRequest(x.device.type, x.dtype, (*first.shape[1:], second.shape[2]))
-    backend = next(one.name for one in TORCH_BACKENDS if one.why_not(request) is None)
+    backend = torch_backend(ExpertsRequest(x.device.type, x.dtype, (*first.shape[1:], second.shape[2]))).name
     return linear(linear(x, offsets, DenseWeights(first.mT), backend), offsets, DenseWeights(second), backend)
 
 

@@ -62,6 +62,8 @@ class TorchEfficient:
         dtype, bias = q.dtype, _bias(call.mask, q, k)
         if bias is not None and bias.dtype != dtype:
             d_out, q, k, v, out = (x.to(bias.dtype) for x in (d_out, q, k, v, out))
+        # In half precision it takes the rows of the output to lie as [b, t, g, D], whatever their strides say.
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             d_out, q, k, v, bias, out, lse, seed, seed, 0.0, [True, True, True, False], call.causal, scale=call.scale
         )

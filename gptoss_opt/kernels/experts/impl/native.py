@@ -78,6 +78,9 @@ class Native:
     def as_operator(self, x: Tensor, weights: ExpertWeights) -> bool:
         return needs_operator(x, *vars(weights).values())
 
+    def why_waits(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return f"the native library computes on a CPU, not on {device.type}"
+
     def forward(
         self, x: Tensor, offsets: Tensor, weights: ExpertWeights, *, instruction_set: int | None = None
     ) -> Tensor:

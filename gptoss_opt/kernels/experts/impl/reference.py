@@ -30,6 +30,9 @@ class Reference:
     def as_operator(self, x: Tensor, weights: ExpertWeights) -> bool:
         return needs_operator(x, *vars(weights).values())
 
+    def why_waits(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return f"the backend {self.name!r} asks how many rows each expert has"
+
     def forward(self, x: Tensor, offsets: Tensor, weights: ExpertWeights) -> Tensor:
         return product(x, offsets, weights)
 

@@ -11,6 +11,8 @@ from ..routes import add_bias
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights, Fused
 
 ROW_BYTES = 16
+ONE_KERNEL = (9, 10)
+"""The major compute capabilities on which all groups are one kernel, in bfloat16; others go expert by expert."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,6 +42,13 @@ class TorchGrouped:
     def as_operator(self, x: Tensor, weights: DenseWeights) -> bool:
         # torch traces its own product, and has it without memory, in bfloat16 only.
         return x.dtype != torch.bfloat16 and is_traced(x)
+
+    def why_waits(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        major, _ = torch.cuda.get_device_capability(device)
+        if dtype == torch.bfloat16 and major in ONE_KERNEL:
+            return None
+        kinds = " and ".join(f"{major}.x" for major in ONE_KERNEL)
+        return f"torch's grouped product of {dtype} asks how many rows each expert has: bfloat16 on {kinds} does not"
 
     def forward(self, x: Tensor, offsets: Tensor, weights: DenseWeights) -> Tensor:
         y = _product(x, offsets, weights.weight)

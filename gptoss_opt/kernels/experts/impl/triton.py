@@ -23,6 +23,7 @@ from ...triton import DTYPES, why_not
 from ..clamp import edge
 from ..routes import add_bias
 from ..weights import ExpertsRequest, ExpertWeights, Fused, PackedWeights
+from .torch_grouped import TORCH_GROUPED
 
 
 class TileConfig(NamedTuple):
@@ -91,6 +92,9 @@ class Triton:
 
     def as_operator(self, x: Tensor, weights: PackedWeights) -> bool:
         return needs_operator(x, *vars(weights).values())
+
+    def why_waits(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return None
 
     def forward(self, x: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor:
         _check(x, offsets, weights, dim=1)
@@ -221,8 +225,7 @@ def _goes_dense(rows: Tensor, num_experts: int, out_features: int) -> bool:
     """Whether torch's grouped product takes these rows, and there are enough of them."""
     if rows.dtype != torch.bfloat16 or out_features % 8 or len(rows) < DENSE_ROWS_PER_EXPERT * max(1, num_experts):
         return False
-    # On other GPUs it goes expert by expert, and waits for the GPU to learn their offsets.
-    return rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
+    return rows.is_cuda and TORCH_GROUPED.why_waits(rows.dtype, rows.device) is None
 
 
 def _grouped(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
