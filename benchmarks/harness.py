@@ -127,7 +127,7 @@ def peak_memory(setup: Callable[..., Callable[[], object]], *args: Any) -> int:
 def _peak(setup: Callable[..., Callable[[], object]], args: tuple[Any, ...], threads: int) -> int:
     torch.set_num_threads(threads)
     run = setup(*args)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # and not only there
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()

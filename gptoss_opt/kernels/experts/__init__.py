@@ -62,7 +62,7 @@ def experts(
     if under := transforms.active():
         transforms.refuse(f"backend {backend!r} of the experts", set() if backend == "reference" else under)
         return all_experts(x, indices, routing_weights, gate_up, down, alpha, limit, changes)
-    tensors = (x, routing_weights, *vars(gate_up).values(), *vars(down).values())
+    tensors = (x, routing_weights, *gate_up.tensors, gate_up.bias, *down.tensors, down.bias)
     if changes == (None, None) and not needs_operator(*tensors):
         fused = kernel_of(gate_up, backend).fused_for(x, indices, gate_up)
         if fused is not None:

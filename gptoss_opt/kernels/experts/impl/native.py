@@ -76,7 +76,7 @@ class Native:
         return out.to(x.dtype)
 
     def as_operator(self, x: Tensor, weights: ExpertWeights) -> bool:
-        return needs_operator(x, *vars(weights).values())
+        return needs_operator(x, *weights.tensors, weights.bias)
 
     def why_waits(self, dtype: torch.dtype, device: torch.device) -> str | None:
         return f"the native library computes on a CPU, not on {device.type}"

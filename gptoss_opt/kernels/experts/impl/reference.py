@@ -28,7 +28,7 @@ class Reference:
         return None
 
     def as_operator(self, x: Tensor, weights: ExpertWeights) -> bool:
-        return needs_operator(x, *vars(weights).values())
+        return needs_operator(x, *weights.tensors, weights.bias)
 
     def why_waits(self, dtype: torch.dtype, device: torch.device) -> str | None:
         return f"the backend {self.name!r} asks how many rows each expert has"
