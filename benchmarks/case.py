@@ -141,8 +141,12 @@ def run(
         if not chosen:
             names = "".join(f"\n  {case.name}" for case in known)
             raise SystemExit(f"no case of {name} has {settings.only!r} in its name. There are:{names}")
-        found = [(case, case.points(settings.repeats)) for case in tqdm(chosen, unit="case")]
-        print(*tables(found), sep="\n\n")
+        found: list[tuple[Case, list[Point]]] = []
+        try:
+            found.extend((case, case.points(settings.repeats)) for case in tqdm(chosen, unit="case"))
+        finally:
+            # What was measured before a later case failed, or the user stopped it, is shown as well.
+            print(*tables(found), sep="\n\n")
         for line in [line for case, points in found for line in case.missed(points)]:
             print(f"NOT REACHED: {line}")
         if not settings.only:

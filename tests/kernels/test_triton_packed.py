@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from gptoss_opt.kernels import triton
-from gptoss_opt.kernels.experts import PackedWeights
+from gptoss_opt.kernels.experts import DenseWeights, PackedWeights, Routes, experts
+from gptoss_opt.kernels.experts.impl import torch_grouped
 from gptoss_opt.kernels.experts.impl import triton as triton_packed
 from gptoss_opt.kernels.experts.impl.triton import TRITON
+from gptoss_opt.kernels.experts.impl.triton_fused import _kernels as fused_kernels
+from gptoss_opt.kernels.experts.impl.triton_fused import fused, route
 from gptoss_opt.kernels.mxfp4 import unpack
-from tests.helpers import relative
+from tests.helpers import assert_as_exact, relative
 from tests.kernels.triton_apart import DEVICE, SHARED_MEMORY, compiled, in_a_process_of_its_own, needs_triton
 
 
@@ -203,6 +206,53 @@ def check_swiglu_keeps_nan() -> None:
     assert TRITON.swiglu(torch.full((1, 2), torch.nan, device=DEVICE), 1.702, 7.0).isnan().all()
 
 
+# The checks: all of it.
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 1), (3, 4), (700, 5), (300, 32)])
+def check_routes(num_tokens: int, num_experts: int, dtype: torch.dtype) -> None:
+    # With routes to experts that are not here.
+    indices = torch.randint(-1, num_experts + 1, (num_tokens, 4), device=DEVICE).to(dtype)
+    found, expected = route(indices, num_experts), Routes.of(indices, num_experts)
+    assert found.top_k == 4
+    for name in ("order", "inverse", "offsets"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def check_fused(num_tokens: int, biased: bool, dtype: torch.dtype) -> None:
+    num_experts, hidden, pairs, top_k = 5, 64, 32, 3
+    weights = []
+    for num_out, num_in in ((2 * pairs, hidden), (hidden, pairs)):
+        blocks, scales = packed(num_experts, num_out, num_in // 32)
+        bias = torch.randn(num_experts, num_out, device=DEVICE).to(dtype) if biased else None
+        weights.append(PackedWeights(blocks, scales, bias))
+    x = (torch.randn(num_tokens, hidden, device=DEVICE) / 64).to(dtype)
+    scores, indices = torch.randn(num_tokens, num_experts + 1, device=DEVICE).topk(top_k)
+    shares = scores.softmax(-1).to(dtype)
+
+    def computed(kind: torch.dtype) -> Tensor:
+        at = [PackedWeights(one.blocks, one.scales, None if one.bias is None else one.bias.to(kind)) for one in weights]
+        return experts(x.to(kind), indices, shares.to(kind), *at, alpha=1.702, limit=7.0, backend="reference")
+
+    compute = TRITON.fused_for(x, indices, weights[0])
+    assert compute is not None
+    found, plain, exact = compute(x, indices, shares, *weights, 1.702, 7.0), computed(dtype), computed(torch.float64)
+    assert_as_exact(("out",), [found], [plain], [exact])
+    other = compute(x, indices.flip(-1), shares, *weights, 1.702, 7.0)
+    assert relative(other.double(), exact) > 0.1
+    if dtype != torch.float16:  # which torch's grouped product does not take everywhere
+        dense = [DenseWeights(unpack(*one.tensors, dtype).mT.contiguous(), one.bias) for one in weights]
+        alike = fused(torch_grouped._product_of_known, x, indices, shares, *dense, 1.702, 7.0)
+        assert_as_exact(("out",), [alike], [plain], [exact])
+
+
 # Real compilation, which needs no GPU: what the interpreter accepts need not compile, nor fit.
 
 
@@ -228,3 +278,16 @@ def compile_the_others(element: str) -> None:
     compiled(kernels.unpack_kernel, 90, ["*i32", "*u8", f"*{element}", "i32"], {"BLOCK_G": 64})
     for name, num_pointers in (("swiglu_kernel", 2), ("swiglu_backward_kernel", 3)):
         compiled(getattr(kernels, name), 90, [*[f"*{element}"] * num_pointers, "i32", "fp32", "fp32"], {"BLOCK": 1024})
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("element", ["bf16", "fp16", "fp32"])
+def compile_what_lies_around(element: str, capability: int) -> None:
+    kernels, one = fused_kernels(), f"*{element}"
+    for index in ("*i64", "*i32"):
+        types = [index, "*i64", "*i64", "*i32", "i32", "i32", "i32"]
+        compiled(kernels.route_kernel, capability, types, {"BLOCK": 1024})
+        sizes = {"TOP_K": 4, "HAS_BIAS": True, "BLOCK": 1024}
+        compiled(kernels.combine_kernel, capability, [one, one, index, "*i64", one, one, "i32", "i32"], sizes)
+    types = [one, one, "*i32", one, "i32", "i32", "fp32", "fp32"]
+    compiled(kernels.bias_and_swiglu_kernel, capability, types, {"HAS_BIAS": True, "BLOCK": 1024, "BLOCK_E": 64})

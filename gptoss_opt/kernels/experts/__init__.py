@@ -12,6 +12,7 @@ from .activation import swiglu
 from .backends import DENSE_BACKENDS, PACKED_BACKENDS, Kernel, kernel_of, torch_backend
 from .check import check
 from .impl.reference import all_experts
+from .impl.triton_fused import route, serves
 from .linear import linear
 from .low_rank import changed_linear
 from .routes import Routes
@@ -69,9 +70,15 @@ def experts(
             return fused(x, indices, routing_weights, gate_up, down, alpha, limit)
     # The dtype is that of the tokens, whatever autocast would make of plain products.
     with torch.autocast(x.device.type, enabled=False):
-        routes = Routes.of(indices, gate_up.shape[0])
+        routes = _routes(indices, gate_up.shape[0], x.dtype)
         hidden = swiglu(_changed(routes.gather(x), routes, gate_up, changes[0], backend), alpha, limit, backend)
         return routes.combine(_changed(hidden, routes, down, changes[1], backend), routing_weights)
+
+
+def _routes(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Routes:
+    if indices.is_cuda and serves(indices.device.type, dtype) and not is_traced(indices):
+        return route(indices, num_experts)
+    return Routes.of(indices, num_experts)
 
 
 def _changed(rows: Tensor, routes: Routes, weights: ExpertWeights, change: LowRank | None, backend: str) -> Tensor:

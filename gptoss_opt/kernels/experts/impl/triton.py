@@ -8,7 +8,7 @@ Legend: N rows, sorted by expert; E experts; O output and K input features of on
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from ..clamp import edge
 from ..routes import add_bias
 from ..weights import ExpertsRequest, ExpertWeights, Fused, PackedWeights
 from .torch_grouped import TORCH_GROUPED
+from .triton_fused import fused
 
 
 class TileConfig(NamedTuple):
@@ -52,7 +53,7 @@ FORWARD_WARPS = 4
 TILES = (
     (16, TileConfig(rows=16, out=64, depth=128, num_warps=FORWARD_WARPS, num_stages=5)),
     (32, TileConfig(rows=32, out=64, depth=128, num_warps=FORWARD_WARPS, num_stages=4)),
-    (128, TileConfig(rows=64, out=128, depth=64, num_warps=FORWARD_WARPS, num_stages=4)),
+    (64, TileConfig(rows=64, out=128, depth=64, num_warps=FORWARD_WARPS, num_stages=4)),
     (None, TileConfig(rows=128, out=64, depth=64, num_warps=FORWARD_WARPS, num_stages=4)),
 )
 # The sum over `out` runs in short steps: [out, depth] decoded weights pass through shared memory.
@@ -64,9 +65,9 @@ BACKWARD_TILES = (
 FLOAT32_TILE = TileConfig(rows=16, out=32, depth=64, num_warps=4, num_stages=2)
 
 # From this many rows per expert on, the weights are dequantised to a dense temporary and multiplied by torch's grouped
-# product. Also from arithmetic: writing and reading 2 bytes a weight takes 1.3 ps of a 3.35 TB/s memory, as long as the
-# products of about 670 rows at 1 Pflop/s; what it buys is a product without decoding, which is some share of that.
-DENSE_ROWS_PER_EXPERT = 1024
+# product: on an H100 both took as long there, between 256 and 1,024 rows, at which they were timed.
+DENSE_ROWS_PER_EXPERT = 640
+BACKWARD_DENSE_ROWS_PER_EXPERT = 384
 
 GROUP = 8
 """Row tiles that go over all feature tiles together: the weights of the one or two experts they have stay in L2."""
@@ -89,8 +90,8 @@ class Triton:
         return why_not(request.device_type, request.dtype)
 
     def fused_for(self, x: Tensor, indices: Tensor, weights: ExpertWeights) -> Fused | None:
-        """None: each step is a call."""
-        return None
+        """All in a few launches."""
+        return partial(fused, self._product) if indices.numel() else None
 
     def as_operator(self, x: Tensor, weights: PackedWeights) -> bool:
         return needs_operator(x, *weights.tensors, weights.bias)
@@ -99,20 +100,24 @@ class Triton:
         return None
 
     def forward(self, x: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor:
+        y = self._product(x, offsets, weights)
+        return y if weights.bias is None else add_bias(y, offsets, weights.bias)
+
+    def _product(self, x: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor:
+        """The same without the bias."""
         _check(x, offsets, weights, dim=1)
         num_experts, _, out_features = weights.shape
-        if _goes_dense(x, num_experts, out_features):
-            y = _grouped(x, unpack(weights.blocks, weights.scales, x.dtype).transpose(1, 2), offsets)
-        else:
-            y = x.new_empty(len(x), out_features)
-            tile = _tile(TILES, x, num_experts)
-            _launch("forward_kernel", tile, _cdiv(out_features, tile.out), x, offsets, weights, y)
-        return y if weights.bias is None else add_bias(y, offsets, weights.bias)
+        if _goes_dense(x, num_experts, out_features, DENSE_ROWS_PER_EXPERT):
+            return _grouped(x, unpack(weights.blocks, weights.scales, x.dtype).transpose(1, 2), offsets)
+        y = x.new_empty(len(x), out_features)
+        tile = _tile(TILES, x, num_experts)
+        _launch("forward_kernel", tile, _cdiv(out_features, tile.out), x, offsets, weights, y)
+        return y
 
     def backward(self, d_y: Tensor, offsets: Tensor, weights: PackedWeights) -> Tensor:
         _check(d_y, offsets, weights, dim=2)
         num_experts, in_features, out_features = weights.shape
-        if _goes_dense(d_y, num_experts, out_features):
+        if _goes_dense(d_y, num_experts, out_features, BACKWARD_DENSE_ROWS_PER_EXPERT):
             return _grouped(d_y, unpack(weights.blocks, weights.scales, d_y.dtype), offsets)
         d_x = d_y.new_empty(len(d_y), in_features)
         tile = _tile(BACKWARD_TILES, d_y, num_experts)
@@ -223,9 +228,9 @@ def _activate(name: str, alpha: float, limit: float, *tensors: Tensor) -> None:
             kernel(*tensors, pairs, float(alpha), float(limit), BLOCK=PAIRS_PER_PROGRAM)
 
 
-def _goes_dense(rows: Tensor, num_experts: int, out_features: int) -> bool:
+def _goes_dense(rows: Tensor, num_experts: int, out_features: int, per_expert: int) -> bool:
     """Whether torch's grouped product takes these rows, and there are enough of them."""
-    if rows.dtype != torch.bfloat16 or out_features % 8 or len(rows) < DENSE_ROWS_PER_EXPERT * max(1, num_experts):
+    if rows.dtype != torch.bfloat16 or out_features % 8 or len(rows) < per_expert * max(1, num_experts):
         return False
     return rows.is_cuda and TORCH_GROUPED.why_waits(rows.dtype, rows.device) is None
 

@@ -228,17 +228,23 @@ def unpack_kernel(words_ptr, scales_ptr, dense_ptr, num_scales, BLOCK_G: tl.cons
 
 
 @triton.jit
+def clamped_swiglu(gate, up, alpha, limit):
+    """`(up + 1) * gate * sigmoid(alpha * gate)` of values in float32, clamped first."""
+    # Comparisons, and not minimum and maximum, keep a NaN.
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return (up + 1.0) * gate * tl.sigmoid(alpha * gate)
+
+
+@triton.jit
 def swiglu_kernel(gate_up_ptr, h_ptr, num_values, alpha, limit, BLOCK: tl.constexpr):
-    """`h = (up + 1) * gate * sigmoid(alpha * gate)` of BLOCK clamped pairs, in float32."""
+    """`h = clamped_swiglu(gate, up)` of BLOCK pairs, in float32."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index, left = tl.arange(0, BLOCK), num_values - first
     pairs = tl.arange(0, BLOCK * 2)
     both = tl.load(gate_up_ptr + first * 2 + pairs, mask=pairs < left * 2, other=0.0).to(tl.float32)
     gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
-    # Comparisons, and not minimum and maximum, keep a NaN.
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    h = (up + 1.0) * gate * tl.sigmoid(alpha * gate)
+    h = clamped_swiglu(gate, up, alpha, limit)
     tl.store(h_ptr + first + index, h.to(h_ptr.dtype.element_ty), mask=index < left)
 
 
