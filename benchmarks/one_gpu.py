@@ -45,6 +45,8 @@ class Settings(case.Settings):
 @functools.cache
 def packed_model(at: Path) -> tuple[Any, float]:
     """The packed model, and how many seconds it took to load it from the system's cache."""
+    if device().type != "cuda":
+        raise SystemExit("one_gpu needs a GPU, and there is none.")
     if not at.exists():
         random_checkpoint(at, "20b", progress=True)
     for file in at.glob("*.safetensors"):
@@ -206,8 +208,6 @@ class Throughput(Case):
 
 def cases(settings: Settings, folder: Path) -> list[Case]:
     """All cases."""
-    if device().type != "cuda":
-        raise SystemExit("one_gpu needs a GPU.")
     folder = Path(settings.checkpoint) if settings.checkpoint else folder / "20b"
     return [
         Loading("load the packed 20b", folder),

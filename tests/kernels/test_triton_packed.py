@@ -14,11 +14,11 @@ from torch import Tensor
 
 from gptoss_opt.kernels import triton
 from gptoss_opt.kernels.experts import DenseWeights, PackedWeights, Routes, experts
+from gptoss_opt.kernels.experts.fused_cuda import _kernels as fused_kernels
+from gptoss_opt.kernels.experts.fused_cuda import fused, route
 from gptoss_opt.kernels.experts.impl import torch_grouped
 from gptoss_opt.kernels.experts.impl import triton as triton_packed
 from gptoss_opt.kernels.experts.impl.triton import TRITON
-from gptoss_opt.kernels.experts.impl.triton_fused import _kernels as fused_kernels
-from gptoss_opt.kernels.experts.impl.triton_fused import fused, route
 from gptoss_opt.kernels.mxfp4 import unpack
 from tests.helpers import assert_as_exact, relative
 from tests.kernels.triton_apart import DEVICE, SHARED_MEMORY, compiled, in_a_process_of_its_own, needs_triton

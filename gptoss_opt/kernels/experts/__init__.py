@@ -11,8 +11,8 @@ from ..tracing import is_traced, needs_operator
 from .activation import swiglu
 from .backends import DENSE_BACKENDS, PACKED_BACKENDS, Kernel, kernel_of, torch_backend
 from .check import check
+from .fused_cuda import route, serves
 from .impl.reference import all_experts
-from .impl.triton_fused import route, serves
 from .linear import linear
 from .low_rank import changed_linear
 from .routes import Routes

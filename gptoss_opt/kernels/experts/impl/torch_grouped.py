@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...tracing import is_traced
+from ..fused_cuda import fused, serves
+from ..grouped import why_grouped_waits
 from ..routes import add_bias
 from ..weights import DenseWeights, ExpertsRequest, ExpertWeights, Fused
-from .triton_fused import fused, serves
 
 ROW_BYTES = 16
-ONE_KERNEL = (9, 10)
-"""The major compute capabilities on which all groups are one kernel, in bfloat16; others go expert by expert."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -49,11 +48,7 @@ class TorchGrouped:
         return x.dtype != torch.bfloat16 and is_traced(x)
 
     def why_waits(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        major, _ = torch.cuda.get_device_capability(device)
-        if dtype == torch.bfloat16 and major in ONE_KERNEL:
-            return None
-        kinds = " and ".join(f"{major}.x" for major in ONE_KERNEL)
-        return f"torch's grouped product of {dtype} asks how many rows each expert has: bfloat16 on {kinds} does not"
+        return why_grouped_waits(dtype, device)
 
     def forward(self, x: Tensor, offsets: Tensor, weights: DenseWeights) -> Tensor:
         y = _product(x, offsets, weights.weight)

@@ -21,10 +21,10 @@ from ...mxfp4 import BLOCK
 from ...tracing import needs_operator
 from ...triton import DTYPES, why_not
 from ..clamp import edge
+from ..fused_cuda import fused
+from ..grouped import why_grouped_waits
 from ..routes import add_bias
 from ..weights import ExpertsRequest, ExpertWeights, Fused, PackedWeights
-from .torch_grouped import TORCH_GROUPED
-from .triton_fused import fused
 
 
 class TileConfig(NamedTuple):
@@ -232,7 +232,7 @@ def _goes_dense(rows: Tensor, num_experts: int, out_features: int, per_expert: i
     """Whether torch's grouped product takes these rows, and there are enough of them."""
     if rows.dtype != torch.bfloat16 or out_features % 8 or len(rows) < per_expert * max(1, num_experts):
         return False
-    return rows.is_cuda and TORCH_GROUPED.why_waits(rows.dtype, rows.device) is None
+    return rows.is_cuda and why_grouped_waits(rows.dtype, rows.device) is None
 
 
 def _grouped(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..fused_cuda_kernels import clamped_swiglu
+
 TWO_TO_126 = tl.constexpr(2.0**126)
 
 
@@ -225,15 +227,6 @@ def unpack_kernel(words_ptr, scales_ptr, dense_ptr, num_scales, BLOCK_G: tl.cons
     factor = _per_word(_factor(scales, wide)[None, :], 1, BLOCK_G)
     values = _decode(words, factor, dtype, 1, BLOCK_W * 8)
     tl.store(dense_ptr + first * 32 + k, tl.reshape(values, (BLOCK_W * 8,)), mask=k < left * 32)
-
-
-@triton.jit
-def clamped_swiglu(gate, up, alpha, limit):
-    """`(up + 1) * gate * sigmoid(alpha * gate)` of values in float32, clamped first."""
-    # Comparisons, and not minimum and maximum, keep a NaN.
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return (up + 1.0) * gate * tl.sigmoid(alpha * gate)
 
 
 @triton.jit

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...gate import admit
-from ...triton import why_not
-from ..routes import Routes
-from ..weights import ExpertWeights
+from ..gate import admit
+from ..triton import why_not
+from .routes import Routes
+from .weights import ExpertWeights
 
 Product = Callable[[Tensor, Tensor, Any], Tensor]
 """Rows [N, in], offsets and weights to [N, out], without the bias; rows of no expert may hold anything."""
@@ -102,6 +102,6 @@ def fused(
 
 @cache
 def _kernels() -> ModuleType:
-    from . import triton_fused_kernels
+    from . import fused_cuda_kernels
 
-    return triton_fused_kernels
+    return fused_cuda_kernels

@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import clamped_swiglu
+
+@triton.jit
+def clamped_swiglu(gate, up, alpha, limit):
+    """`(up + 1) * gate * sigmoid(alpha * gate)` of values in float32, clamped first."""
+    # Comparisons, and not minimum and maximum, keep a NaN.
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return (up + 1.0) * gate * tl.sigmoid(alpha * gate)
 
 
 @triton.jit
