@@ -4,6 +4,7 @@ from .checkpoint import CheckpointError, gather_state_dict, load, save_adapter
 from .core import BackendError, CompatibilityError, IrreversibleError, Stack, Wrapper, compose, explain, stack_of, undo
 from .distributed import balance_experts, init_distributed
 from .model.adapters import adapters_off
+from .planner import HardwareError, Plan, PlanError, optimize, plan
 from .serve import ContinuousBatcher, GenerationError
 from .train import export, load_adapter, merge_lora
 from .version import __version__
@@ -23,7 +24,10 @@ __all__ = [
     "CompatibilityError",
     "ContinuousBatcher",
     "GenerationError",
+    "HardwareError",
     "IrreversibleError",
+    "Plan",
+    "PlanError",
     "Stack",
     "Wrapper",
     "__version__",
@@ -37,6 +41,8 @@ __all__ = [
     "load",
     "load_adapter",
     "merge_lora",
+    "optimize",
+    "plan",
     "save_adapter",
     "shard_experts",
     "shard_tensor_parallel",

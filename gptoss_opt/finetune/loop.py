@@ -14,11 +14,12 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checkpoint import load, save_adapter
+from ..model.training import CHECKPOINTING
 from ..train import load_adapter
 from .data import Row, batches, pack, read_documents, steps_per_pass
 from .interrupt import Interrupt
 from .options import FinetuneError, Options
-from .recipe import CHECKPOINTING, built, config_of, device_of, learning_rate, tokenizer_of, wrappers_of
+from .recipe import built, config_of, device_of, learning_rate, tokenizer_of, wrappers_of
 from .report import PICTURE, Summary, draw, peak_memory, speed
 from .run_folder import STATE, RunFolder, sha256_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GptOssForCausalLM
+from transformers import AutoTokenizer
 
 from ..checkpoint import Checkpoint
 from ..wrappers.chunked_loss import with_chunked_loss
@@ -22,13 +22,6 @@ Calls = list[tuple[Callable[..., Any], dict[str, Any]]]
 
 PEFT = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
 """The options of adapters, and what a peft.LoraConfig calls them."""
-
-CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    if hasattr(GptOssForCausalLM, name)
-)
-"""The method of models that has layers computed again in the backward pass: transformers has renamed it."""
 
 
 def wrappers_of(options: Options, config: Any) -> Calls:

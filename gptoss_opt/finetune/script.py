@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..model.training import CHECKPOINTING
 from . import data, recipe
 from .options import Options
 
@@ -49,7 +50,7 @@ for step, batch in enumerate(batches(rows, {rows_per_step}, num_steps=num_steps,
 tokenizer.save_pretrained({output!r})
 '''
 
-CHECKPOINTED = f'model.{recipe.CHECKPOINTING}({{"use_reentrant": False}})\n'
+CHECKPOINTED = f'model.{CHECKPOINTING}({{"use_reentrant": False}})\n'
 
 
 def script(options: Options) -> str:

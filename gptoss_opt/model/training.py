@@ -18,6 +18,13 @@ from .host import config_paths
 TRAINED = "what is trained"
 """A slot of a model: see `Wrapper`."""
 
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if hasattr(GptOssForCausalLM, name)
+)
+"""The method of models that has layers computed again in the backward pass: transformers has renamed it."""
+
 ARGUMENTS = tuple(inspect.signature(GptOssForCausalLM.forward).parameters)[1:]
 """The names of the arguments of a forward, in order."""
 

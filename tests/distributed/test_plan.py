@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gptoss_opt import compose, shard_experts, shard_tensor_parallel, with_lora, with_mxfp4_experts
-from gptoss_opt.plan.parameters import parameters_of
+from gptoss_opt.planner.parameters import parameters_of
 from tests.distributed.ranks import Ranks
 from tests.helpers import held_by_kind, tiny_model
 

@@ -87,15 +87,15 @@ LAYERS: dict[str, set[str]] = {
     "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "parallel"},
     "serve": {"core", "distributed", "kernels", "model", "wrappers"},
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
-    "finetune": {"checkpoint", "table", "train", "wrappers"},
-    "plan": {"core", "layout"},
+    "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
+    "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
     "testing": set(),
     "demo": {"table", "testing", "model", "checkpoint", "serve", ""},
     "cli": {"demo", "finetune", ""},
     "__main__": {"cli"},
-    "__init__": {"checkpoint", "core", "distributed", "model", "serve", "train", "wrappers", "version"},
+    "__init__": {"checkpoint", "core", "distributed", "model", "planner", "serve", "train", "wrappers", "version"},
 }
 # Third parties a layer may know; every layer may know torch and the standard library.
 KNOWN = {

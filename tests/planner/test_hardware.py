@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gptoss_opt.plan import HardwareError, described, detected
-from gptoss_opt.plan import hardware as module
-from gptoss_opt.plan.cards import CARDS
-from gptoss_opt.plan.hardware import card_of, memory_of_the_cpu
+from gptoss_opt.planner import HardwareError, described, detected
+from gptoss_opt.planner import hardware as module
+from gptoss_opt.planner.cards import CARDS
+from gptoss_opt.planner.hardware import card_of, memory_of_the_cpu
 
 
 @pytest.mark.parametrize(

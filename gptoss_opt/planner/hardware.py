@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from ..kernels import memory
 from .cards import CARDS, Card
 
 CPU_BANDWIDTH, CPU_FLOPS = 40e9, 500e9
 """What is assumed of a CPU that is described: bytes and operations of bfloat16 a second."""
+READ, PRODUCT = 1 << 28, 1024
+"""How many bytes are read, and how wide matrices are, to measure a CPU."""
+USABLE = {"cpu": 0.92, "cuda": 0.98}
+"""The part of a device's memory that one process can have."""
 NETWORK = 12.5e9
 """What is assumed between nodes: 100 Gbit/s, in bytes a second, in each direction."""
 
@@ -43,6 +51,11 @@ class Device:
     link: float
     capability: tuple[int, int] | None = None
 
+    @property
+    def usable(self) -> int:
+        """The bytes that a process can have: what the driver, or the system, keeps for itself is taken off."""
+        return round(self.memory * USABLE[self.kind])
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -70,8 +83,8 @@ class Hardware:
         return self.per_node * self.nodes
 
     def __str__(self) -> str:
-        memory = f"{self.device.name} ({self.device.memory / 1e9:.0f} GB)"
-        each = memory if self.per_node == 1 else f"{self.per_node} {memory}"
+        one = f"{self.device.name} ({self.device.memory / 1e9:.0f} GB)"
+        each = one if self.per_node == 1 else f"{self.per_node} {one}"
         return each if self.nodes == 1 else f"{self.nodes} nodes, each with {each}"
 
 
@@ -103,10 +116,10 @@ def described(text: str) -> Hardware:
             raise HardwareError(f"{text!r} describes nodes of something else than GPUs. Known forms are {FORMS}.")
         return Hardware(node.device, node.per_node, count)
     if cpu := _CPU.fullmatch(whole):
-        memory = _MEMORY.fullmatch(cpu["memory"] or "")
-        if memory is None:
+        size = _MEMORY.fullmatch(cpu["memory"] or "")
+        if size is None:
             raise HardwareError(f"{text!r} does not say how much memory there is. Write for example 'cpu:24GB'.")
-        return Hardware(Device("cpu", "CPU", _bytes(memory, text), CPU_BANDWIDTH, CPU_FLOPS, CPU_BANDWIDTH))
+        return Hardware(Device("cpu", "CPU", _bytes(size, text), CPU_BANDWIDTH, CPU_FLOPS, CPU_BANDWIDTH))
     cards = _CARDS.fullmatch(whole)
     if cards is None:
         raise HardwareError(f"{text!r} describes no machine. Known forms are {FORMS}.")
@@ -119,16 +132,16 @@ def _positive(number: str, text: str) -> int:
     return int(number)
 
 
-def _bytes(memory: re.Match[str], text: str) -> int:
-    count = round(float(memory["gigabytes"]) * 1e9)
+def _bytes(size: re.Match[str], text: str) -> int:
+    count = round(float(size["gigabytes"]) * 1e9)
     if count < 1:
         raise HardwareError(f"{text!r} has no memory.")
     return count
 
 
 def _gpu(card: str, text: str) -> Device:
-    if memory := _MEMORY.fullmatch(card):
-        wanted = _bytes(memory, text)
+    if size := _MEMORY.fullmatch(card):
+        wanted = _bytes(size, text)
         like = _like(wanted)
         return _device(f"GPU like {_name(like)}", like, wanted)
     name, sized = _known(card), _SIZED.fullmatch(card)
@@ -169,18 +182,40 @@ def detected() -> Hardware:
     """The machine that this process runs on: its GPUs, all of which must be alike, or its CPU.
 
     Rates of a GPU are those of its data sheet, or of the slowest known card with as much memory. Those of a CPU are
-    assumed; its memory is what the process may have of it (cgroups).
+    measured once in a process, in a quarter of a second, with as many threads as torch has; its memory is what the
+    process may have of it (cgroups).
 
     Raises:
         HardwareError: the GPUs are of several kinds. Choose some: CUDA_VISIBLE_DEVICES.
     """
     if not torch.cuda.is_available():
-        return Hardware(Device("cpu", "CPU", memory_of_the_cpu(), CPU_BANDWIDTH, CPU_FLOPS, CPU_BANDWIDTH))
+        bandwidth, flops = read_rate(torch.get_num_threads()), product_rate(torch.get_num_threads())
+        return Hardware(Device("cpu", "CPU", memory_of_the_cpu(), bandwidth, flops, bandwidth))
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if len(kinds := {found.name for found in properties}) > 1:
         raise HardwareError(f"the GPUs are of several kinds: {', '.join(sorted(kinds))}. Set CUDA_VISIBLE_DEVICES.")
     name, memory = properties[0].name, min(found.total_memory for found in properties)
     return Hardware(card_of(name, memory), len(properties))
+
+
+@cache
+def read_rate(threads: int) -> float:
+    """How fast this CPU reads its memory with so many threads, in bytes a second: the best of several sums."""
+    room = memory.empty((READ // 8,), torch.int64).zero_()
+    return READ / min(_seconds(room.sum) for _ in range(3))
+
+
+@cache
+def product_rate(threads: int) -> float:
+    """How fast torch multiplies matrices of bfloat16 on this CPU with so many threads, in operations a second."""
+    a, b = torch.randn(2, PRODUCT, PRODUCT, dtype=torch.bfloat16)
+    return 2 * PRODUCT**3 / min(_seconds(lambda: a @ b) for _ in range(3))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def card_of(name: str, memory: int) -> Device:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ..core import Stack
-from ..layout import DENSE, Form
+from ..layout import DENSE, Axis, Form
 
 KINDS = {
     ".experts.": "experts",
@@ -19,6 +19,13 @@ KINDS = {
     "lm_head.": "embedding and head",
 }
 """Kinds of parameters, by what their names contain."""
+PARTS = (
+    ("k_proj.weight", 0),
+    ("experts.gate_up_proj", 0),
+    ("experts.gate_up_proj", 2),
+    ("lm_head.weight", 0),
+)
+"""Where it is seen which part a rank has of heads, experts, inner features and words: a name's end, a dimension."""
 OTHERS, ADAPTERS = "router and norms", "adapters"
 
 
@@ -30,11 +37,19 @@ class Parameters:
         weights: bytes by kind: "experts", "attention", "embedding and head", "router and norms", "adapters".
         trainable: how many values of adapters there are, by the bytes of a value.
         dense: how many values there are that are neither packed nor of adapters, by the bytes of a value.
+        heads, experts, inner, words: which part it has of the key heads, of the experts, of each expert's inner
+            features, and of the vocabulary: 1.0 where it has all.
+        ranks: how many ranks hold the model together.
     """
 
     weights: Mapping[str, int]
     trainable: Mapping[int, int]
     dense: Mapping[int, int]
+    heads: float = 1.0
+    experts: float = 1.0
+    inner: float = 1.0
+    words: float = 1.0
+    ranks: int = 1
 
     @property
     def num_bytes(self) -> int:
@@ -56,9 +71,16 @@ def parameters_of(model: nn.Module, stack: Stack) -> Parameters:
     layout = stack.layout(model)
     forms = {name: layout.form(name) for name in layout}
     names = [axis.name for axis in layout.axes]
-    places = itertools.product(*(range(axis.degree) for axis in layout.axes))
-    ranks = (_on_rank(forms, dict(zip(names, place, strict=True))) for place in places)
-    return max(ranks, key=lambda found: found.num_bytes)
+    places = [dict(zip(names, place, strict=True)) for place in itertools.product(*map(_numbers, layout.axes))]
+    # Ranks whose parts are as large hold as much: one of them stands for all.
+    splits = {form.splits for form in forms.values()}
+    unlike = {tuple(len(part.parts[at[part.axis]]) for each in splits for part in each): at for at in places}
+    ranks = [_on_rank(forms, at) for at in unlike.values()]
+    return replace(max(ranks, key=lambda found: found.num_bytes), ranks=len(places))
+
+
+def _numbers(axis: Axis) -> range:
+    return range(axis.degree)
 
 
 def kind_of(name: str, form: Form) -> str:
@@ -82,4 +104,13 @@ def _on_rank(forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> Parame
             trainable[form.dtype.itemsize] += num_bytes // form.dtype.itemsize
         elif form.storage == DENSE.name and not form.new:
             dense[form.dtype.itemsize] += num_bytes // form.dtype.itemsize
-    return Parameters(dict(weights), dict(trainable), dict(dense))
+    heads, experts, inner, words = (_part(forms, coordinate, *where) for where in PARTS)
+    return Parameters(dict(weights), dict(trainable), dict(dense), heads, experts, inner, words)
+
+
+def _part(forms: Mapping[str, Form], coordinate: Mapping[str, int], ending: str, dim: int) -> float:
+    """Which part of a dimension a rank has, of the first parameter whose name ends so."""
+    form = next((form for name, form in forms.items() if name.endswith(ending)), None)
+    if form is None:
+        return 1.0
+    return len(form.index(coordinate).get(dim, range(form.shape[dim]))) / form.shape[dim]

@@ -14,8 +14,8 @@ from gptoss_opt import (
     with_lora,
     with_mxfp4_experts,
 )
-from gptoss_opt.plan.cache import cache_bytes
-from gptoss_opt.plan.parameters import parameters_of
+from gptoss_opt.planner.cache import cache_bytes
+from gptoss_opt.planner.parameters import parameters_of
 from tests.helpers import WINDOW, held_by_kind, ids, tiny_model
 
 STACKS = {

@@ -1,0 +1,85 @@
+"""The model that a plan is for: found by whatever names it, without its weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GptOssConfig, PreTrainedConfig
+
+from ..checkpoint import Checkpoint
+from ..core import Stack, layout_of, stack_of
+from ..core.record import wrapped_model
+from ..layout import MXFP4
+from ..model.build import build
+from .parameters import Parameters, parameters_of
+
+RELEASED = {
+    "20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32),
+    "120b": GptOssConfig(num_hidden_layers=36, num_local_experts=128),
+}
+"""The configs of the released models, by size."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model without its weights.
+
+    Attributes:
+        config: what it is made of.
+        model: all of its parameters, on the meta device, or the model that was given.
+        packed: whether its experts are packed as MXFP4 already, so that nothing is rounded.
+        source: the folder or name that `load` takes; None for a model that is there.
+    """
+
+    config: Any
+    model: nn.Module
+    packed: bool
+    source: str | None
+    _known: dict[Stack, Parameters] = field(default_factory=dict, compare=False, repr=False)
+
+    def held(self, stack: Stack) -> Parameters:
+        """What the fullest rank holds in the layout of a stack. Raises what `parameters_of` raises."""
+        if stack not in self._known:
+            self._known[stack] = parameters_of(self.model, stack)
+        return self._known[stack]
+
+
+def target_of(model: Any) -> Target:
+    """The target that a model object, a folder, a cached hub id, a config, "20b" or "120b" names.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        TypeError: it is none of these.
+
+    Example:
+        >>> target_of("20b").source, target_of("20b").packed
+        ('openai/gpt-oss-20b', True)
+    """
+    if isinstance(model, nn.Module):
+        inner = wrapped_model(model)
+        packed = bool(len(stack_of(inner))) and MXFP4.name in layout_of(inner).storages.values()
+        return Target(getattr(inner, "config", None), inner, packed, None)
+    if isinstance(model, PreTrainedConfig):
+        return _of_config(model, _is_packed(model), "PATH")
+    if isinstance(model, str) and model in RELEASED:
+        return _of_config(RELEASED[model], True, f"openai/gpt-oss-{model}")
+    if isinstance(model, str | os.PathLike):
+        config = Checkpoint.open(model).config
+        return _of_config(config, _is_packed(config), os.fspath(model))
+    raise TypeError(
+        f"plan was given a {type(model).__name__}. Give a model, a folder, a name on the hub, a config, or '20b'."
+    )
+
+
+def _is_packed(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _of_config(config: Any, packed: bool, source: str) -> Target:
+    plain = copy.deepcopy(config)
+    return Target(plain, build(plain, torch.device("meta"), torch.bfloat16), packed, source)
