@@ -19,6 +19,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from gptoss_opt import compose, shard_experts, shard_tensor_parallel, with_mxfp4_experts
 from gptoss_opt.distributed import split
 from gptoss_opt.extend import Layout
+from gptoss_opt.model.build import RELEASED as RELEASED
 
 DRAWS = 2000
 
@@ -47,11 +48,6 @@ GPUS = (
     Gpu("H200 SXM", 141e9, 4.8e12, 450e9, 12e-6),
     Gpu("L40S (PCIe 4)", 48e9, 0.864e12, 32e9, 25e-6),
 )
-
-RELEASED = {
-    "20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32),
-    "120b": GptOssConfig(num_hidden_layers=36, num_local_experts=128),
-}
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,18 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from ..layout import exchange
 
 GENERATION = "generation_config.json"
+RELEASED = {
+    "20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32),
+    "120b": GptOssConfig(num_hidden_layers=36, num_local_experts=128),
+}
+"""The configs of the released models, by size."""
 ROPE_TYPES = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
 
 
@@ -23,6 +28,11 @@ def read_generation_config(folder: Path, model: PreTrainedModel) -> None:
     """Give a model that generates the generation_config.json of its folder, if there is one."""
     if model.can_generate() and (folder / GENERATION).exists():
         cast(Any, model).generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def is_config(thing: object) -> bool:
+    """Whether something is the config of a model."""
+    return isinstance(thing, PreTrainedConfig)
 
 
 def class_of(config: GptOssConfig) -> type[PreTrainedModel]:

@@ -55,14 +55,11 @@ def optimize(
     if found.source is None:
         made = found.stack(model)
     else:
-        device = machine.device.kind if machine.count == 1 else f"{machine.device.kind}:{_local_rank()}"
+        kind, number = machine.device.kind, os.environ.get("LOCAL_RANK", "0")
+        device = f"cuda:{number}" if kind == "cuda" else kind
         made = load(found.source, found.stack, device=device, memory_map=found.memory_map)
     made.plan = found
     return made
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _meet(found: Plan) -> None:

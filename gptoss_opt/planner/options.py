@@ -71,7 +71,7 @@ def options(target: Target, hardware: Hardware, work: Workload) -> Iterator[Opti
                 held = target.held(stack)
             except (LayoutError, CompatibilityError, ValueError) as error:
                 problem = error
-                break
+                continue
             found = True
             yield measured(target, hardware, stack, settled, held, gives_up)
     if not found:

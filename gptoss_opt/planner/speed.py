@@ -71,7 +71,7 @@ def _decode(config: Any, held: Parameters, work: Workload, hardware: Hardware) -
     read = held.num_bytes - embedding - experts * (1 - met) + work.batch * seen * keys / 2
     times = {
         "memory bandwidth": read / (device.bandwidth * reached.bandwidth),
-        "products": work.batch * _operations(config, held, 1) / (device.flops * reached.flops),
+        "products": work.batch * _operations(config, held, 1, with_head=True) / (device.flops * reached.flops),
     }
     meeting = _collectives(config, held, work.batch, hardware)
     starting = reached.layer * config.num_hidden_layers
@@ -88,7 +88,7 @@ def _many(config: Any, held: Parameters, work: Workload, hardware: Hardware) -> 
     """Prompts, or training: many tokens at once."""
     device, reached, replicas = hardware.device, REACHED[hardware.device.kind], hardware.count // held.ranks
     passes = 1 if not work.trains else (3 if work.task == "full" else 2) + work.checkpointing
-    operations = work.tokens * passes * _operations(config, held, work.context)
+    operations = work.tokens * passes * _operations(config, held, work.context, with_head=work.trains)
     times = {
         "products": operations / (device.flops * reached.flops),
         "memory bandwidth": passes * held.num_bytes / (device.bandwidth * reached.bandwidth),
@@ -99,7 +99,7 @@ def _many(config: Any, held: Parameters, work: Workload, hardware: Hardware) -> 
     return Rate(replicas * work.tokens / seconds, bound)
 
 
-def _operations(config: Any, held: Parameters, context: int) -> float:
+def _operations(config: Any, held: Parameters, context: int, *, with_head: bool) -> float:
     """Operations of a token's forward on the fullest rank, at half of a context on average."""
     hidden, heads = config.hidden_size, config.num_attention_heads * held.heads
     attention = hidden * config.head_dim * 2 * (heads + config.num_key_value_heads * held.heads)
@@ -110,7 +110,8 @@ def _operations(config: Any, held: Parameters, context: int) -> float:
     )
     head = config.vocab_size * held.words * hidden
     layers = config.num_hidden_layers * (attention + experts) + 2 * heads * config.head_dim * seen
-    return float(2 * (layers + head))
+    # A prompt needs the logits after its last token alone.
+    return float(2 * (layers + head * with_head))
 
 
 def _collectives(config: Any, held: Parameters, tokens: int, hardware: Hardware) -> float:

@@ -9,20 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GptOssConfig, PreTrainedConfig
 
 from ..checkpoint import Checkpoint
-from ..core import Stack, layout_of, stack_of
+from ..core import CompatibilityError, Phase, Stack, layout_of, stack_of
 from ..core.record import wrapped_model
 from ..layout import MXFP4
-from ..model.build import build
+from ..model.build import RELEASED, build, is_config
 from .parameters import Parameters, parameters_of
-
-RELEASED = {
-    "20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32),
-    "120b": GptOssConfig(num_hidden_layers=36, num_local_experts=128),
-}
-"""The configs of the released models, by size."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +36,17 @@ class Target:
     _known: dict[Stack, Parameters] = field(default_factory=dict, compare=False, repr=False)
 
     def held(self, stack: Stack) -> Parameters:
-        """What the fullest rank holds in the layout of a stack. Raises what `parameters_of` raises."""
+        """What the fullest rank holds in the layout of a stack.
+
+        Raises:
+            CompatibilityError: a wrapper cannot be on this model, as far as that can be said without its ranks.
+            LayoutError, ValueError: see `parameters_of`.
+        """
         if stack not in self._known:
+            alone = [wrapper for wrapper in stack if wrapper.phase != Phase.PARALLEL]
+            problems = [f"{wrapper.name}: {problem}" for wrapper in alone for problem in wrapper.check(self.model)]
+            if problems:
+                raise CompatibilityError(problems)
             self._known[stack] = parameters_of(self.model, stack)
         return self._known[stack]
 
@@ -64,7 +66,7 @@ def target_of(model: Any) -> Target:
         inner = wrapped_model(model)
         packed = bool(len(stack_of(inner))) and MXFP4.name in layout_of(inner).storages.values()
         return Target(getattr(inner, "config", None), inner, packed, None)
-    if isinstance(model, PreTrainedConfig):
+    if is_config(model):
         return _of_config(model, _is_packed(model), "PATH")
     if isinstance(model, str) and model in RELEASED:
         return _of_config(RELEASED[model], True, f"openai/gpt-oss-{model}")

@@ -1,0 +1,222 @@
+"""Plans beside what processes really hold and do: the peak of memory of stacks, and the rate of decoding.
+
+Each stack holds four layers of the 20b's shapes and its head, loaded by processes of their own: their resident memory
+at its peak, above what it was before anything was loaded. The largest context and batch of a plan are checked with the
+memory that is really there: `fits` of more is not run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import TCPStore
+from torch.multiprocessing.spawn import spawn
+
+from benchmarks.case import Case, Point, Settings
+from benchmarks.harness import alternate, forget_peak, read_rate, resident
+from benchmarks.load import checkpoint
+from benchmarks.machine import Machine
+from gptoss_opt import (
+    ContinuousBatcher,
+    Stack,
+    compose,
+    load,
+    plan,
+    shard_experts,
+    shard_tensor_parallel,
+    with_chunked_loss,
+    with_fast_experts,
+    with_fast_linears,
+    with_flash_attention,
+    with_full_finetuning,
+    with_lora,
+    with_mxfp4_experts,
+)
+from gptoss_opt.model.training import CHECKPOINTING
+from gptoss_opt.planner.hardware import Device, detected
+from gptoss_opt.planner.memory import memory_of
+from gptoss_opt.planner.target import target_of
+from gptoss_opt.planner.workload import Workload
+
+LAYERS = 4
+ALLOWED, ABOVE = 0.10, 0.05
+"""How far a plan may be from what is measured, and how far below it."""
+DECODE_ALLOWED = 0.25
+NEW_TOKENS = 16
+
+PACKED = compose(with_mxfp4_experts(), with_flash_attention(), with_fast_linears())
+DENSE = compose(with_fast_experts(), with_flash_attention(), with_fast_linears())
+LORA = compose(with_mxfp4_experts(), with_flash_attention(), with_lora())
+DENSE_LORA = compose(with_flash_attention(), with_lora(), with_chunked_loss())
+FULL = compose(with_flash_attention(), with_full_finetuning(), with_chunked_loss())
+TENSOR, EXPERTS = shard_tensor_parallel(degree=2), shard_experts(degree=2)
+
+
+@dataclass(frozen=True)
+class Peak(Case):
+    """The peak of one stack at some work, planned and measured; of several ranks, that of the fullest."""
+
+    folder: Path
+    stack: Stack
+    work: Workload
+    ranks: int = 1
+    columns = """
+        case   | planned           | measured           | planned / measured
+        {case} | {planned!G:.2f} GB | {measured!G:.2f} GB | {ratio:.3f}
+    """
+
+    def setup(self) -> Path:
+        return checkpoint(self.folder, LAYERS)
+
+    def run(self, made: Path, repeats: int) -> list[Point]:
+        target = target_of(made)
+        device = Device("cpu", "CPU", 0, 1.0, 1.0, 1.0)
+        memory = memory_of(target.config, target.held(self.stack), self.stack, self.work, device)
+        with tempfile.TemporaryDirectory() as folder:
+            store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+            arguments = (store.port, self.ranks, made, self.stack.to_json(), self.work, Path(folder))
+            spawn(on_rank, arguments, nprocs=self.ranks)
+            peaks = [json.loads(file.read_text()) for file in Path(folder).iterdir()]
+        measured, planned = max(peaks), memory.num_bytes
+        return [{"planned": planned, "measured": measured, "ratio": planned / measured, "memory": memory.lines}]
+
+    def verify(self, made: Path, points: list[Point]) -> None:
+        """Each rank has answered, with more than its weights."""
+        assert points[0]["measured"] > sum(
+            count for label, count in points[0]["memory"].items() if label.startswith("weights")
+        )
+
+    def missed(self, points: list[Point]) -> list[str]:
+        ratio = points[0]["ratio"]
+        right = 1 - ABOVE <= ratio <= 1 + ALLOWED
+        return [] if right else [f"{self.name}: planned / measured is {ratio:.3f}"]
+
+
+def on_rank(rank: int, port: int, ranks: int, path: Path, stack: str, work: Workload, folder: Path) -> None:
+    """Load a model and do some work; write the peak of this rank into a folder."""
+    torch.set_num_threads(max(1, 2 // ranks))
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        store = TCPStore("127.0.0.1", port, None, False)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    before = forget_peak()
+    model = load(path, Stack.from_json(stack))
+    do(model, work)
+    (folder / str(rank)).write_text(json.dumps(resident("VmHWM") - before))
+    if ranks > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def do(model: Any, work: Workload) -> None:
+    """What a workload says, on random tokens."""
+    torch.manual_seed(0)
+    tokens = torch.randint(2, 200_000, (work.batch, work.context))
+    if work.task == "serve":
+        with ContinuousBatcher(model, max_num_sequences=work.batch, share_prefixes=False) as batcher:
+            prompts = [row[:-NEW_TOKENS].tolist() for row in tokens]
+            batcher.generate(prompts, max_new_tokens=NEW_TOKENS, progress=False, eos_token_id=[])
+    elif not work.trains:
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        model.generate(tokens[:, :-4], max_new_tokens=4, **options)
+    else:
+        model.train()
+        if work.checkpointing and work.task == "lora":
+            getattr(model, CHECKPOINTING)({"use_reentrant": False})
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        kind: Any = torch.optim.SGD if work.optimizer == "sgd" else torch.optim.AdamW
+        optimizer = kind(trained, lr=1e-4)
+        for _ in range(2):
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Decoding(Case):
+    """The rate of decoding of one sequence, planned and measured, and how long a plan takes."""
+
+    folder: Path
+    columns = """
+        case   | planned                | measured                | planned / measured | seconds to plan
+        {case} | {planned:.1f} tokens/s | {measured:.1f} tokens/s | {ratio:.2f}        | {seconds:.2f}
+    """
+
+    def setup(self) -> Any:
+        at = checkpoint(self.folder, LAYERS)
+        return at, load(at, PACKED)
+
+    def run(self, made: Any, repeats: int) -> list[Point]:
+        path, model = made
+        detected()  # measures the machine once
+        found = plan(path, context=64)
+        seconds = alternate({"plan": partial(plan, path, context=64)}, 3)["plan"]
+        prompt = torch.randint(2, 200_000, (1, 64 - NEW_TOKENS))
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        runs: dict[str, Callable[[], object]] = {
+            str(number): partial(model.generate, prompt, max_new_tokens=number, min_new_tokens=number, **options)
+            for number in (1, 1 + NEW_TOKENS)
+        }
+        times = alternate(runs, max(5, repeats))
+        fewer, more = (statistics.median(times[name]) for name in runs)
+        rate, planned = NEW_TOKENS / (more - fewer), found.speed["decode"].tokens_per_second
+        taken = statistics.median(seconds)
+        return [{"planned": planned, "measured": rate, "ratio": planned / rate, "seconds": taken}]
+
+    def verify(self, made: Any, points: list[Point]) -> None:
+        assert points[0]["measured"] > 0
+
+    def missed(self, points: list[Point]) -> list[str]:
+        ratio = points[0]["ratio"]
+        return [] if abs(ratio - 1) <= DECODE_ALLOWED else [f"{self.name}: planned / measured is {ratio:.2f}"]
+
+    def rows(self, points: list[Point]) -> Iterable[Mapping[str, Any]]:
+        return points
+
+
+def cases(settings: Settings, folder: Path) -> list[Case]:
+    """Twelve stacks, and decoding."""
+    peaks = {
+        "packed, 2,048 tokens": (PACKED, Workload("generate", 2048)),
+        "dense, 2,048 tokens": (DENSE, Workload("generate", 2048)),
+        "packed, 4 sequences of 512 tokens": (PACKED, Workload("generate", 512, 4)),
+        "packed, 16,384 tokens": (PACKED, Workload("generate", 16384)),
+        "ContinuousBatcher, 8 sequences of 1,024": (PACKED, Workload("serve", 1024, 8)),
+        "LoRA on packed, chunked loss, 1,024": (compose(LORA, with_chunked_loss()), Workload("lora", 1024)),
+        "LoRA on packed, checkpointed, 2,048": (
+            compose(LORA, with_chunked_loss()),
+            Workload("lora", 2048, checkpointing=True),
+        ),
+        "LoRA on packed, all logits, 512": (LORA, Workload("lora", 512)),
+        "LoRA on dense, chunked loss, 512": (DENSE_LORA, Workload("lora", 512)),
+        "all parameters, SGD, 256": (FULL, Workload("full", 256, checkpointing=True, optimizer="sgd")),
+    }
+    sharded = {
+        "tensor parallel, packed, 2,048": compose(TENSOR, with_mxfp4_experts(), with_flash_attention()),
+        "expert parallel, dense, 1,024": compose(EXPERTS, with_flash_attention()),
+        "tensor and expert parallel, packed, 2,048": compose(
+            TENSOR, EXPERTS, with_mxfp4_experts(), with_flash_attention()
+        ),
+    }
+    return [
+        *(Peak(f"memory: {name}", folder, *both) for name, both in peaks.items()),
+        *(
+            Peak(f"memory: {name}", folder, stack, Workload("generate", 1024 if "1,024" in name else 2048), 2)
+            for name, stack in sharded.items()
+        ),
+        Decoding("decoding", folder),
+        Machine("machine", {"read GB/s": read_rate}),
+    ]
+
+
+SETTINGS = Settings()
