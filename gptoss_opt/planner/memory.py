@@ -90,9 +90,10 @@ def memory_of(config: Any, held: Parameters, stack: Stack, work: Workload, devic
 
     Example:
         >>> from gptoss_opt import compose
-        >>> device = described("cpu:24GB").device
-        >>> stack = compose()
-        >>> memory_of(config, parameters_of(model, stack), stack, Workload(), device).gradients
+        >>> from gptoss_opt.planner import described
+        >>> from gptoss_opt.planner.parameters import parameters_of
+        >>> device, stack = described("cpu:24GB").device, compose()
+        >>> memory_of(model.config, parameters_of(model, stack), stack, Workload(), device).gradients
         0
     """
     names = {wrapper.name for wrapper in stack}

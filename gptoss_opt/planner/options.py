@@ -90,6 +90,7 @@ def placements(hardware: Hardware) -> list[tuple[Wrapper, ...]]:
     """The ways to spread a model over devices, those within a node first; the last keeps it whole on each.
 
     Example:
+        >>> from gptoss_opt.planner import described
         >>> placements(described("2x24GB"))[0]
         (shard_tensor_parallel(degree=2),)
     """

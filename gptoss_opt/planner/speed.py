@@ -49,8 +49,10 @@ def speed_of(config: Any, held: Parameters, work: Workload, hardware: Hardware) 
 
     Example:
         >>> from gptoss_opt import compose
+        >>> from gptoss_opt.planner import described
+        >>> from gptoss_opt.planner.parameters import parameters_of
         >>> held = parameters_of(model, compose())
-        >>> print(speed_of(config, held, Workload(), described("1xH100"))["decode"].bound)
+        >>> print(speed_of(model.config, held, Workload(), described("1xH100"))["decode"].bound)
         starting kernels
     """
     many = _many(config, held, work, hardware)

@@ -22,7 +22,8 @@ from tests.helpers import GOLDEN, group_of_one, ids, tiny_model
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 # What is no Python module (a library in C), or needs a package that is not there.
-APART = {"__main__", "_native"} | (set() if importlib.util.find_spec("triton") else {"triton_kernels"})
+WITH_TRITON = set() if importlib.util.find_spec("triton") else {"triton_kernels", "fused_cuda_kernels"}
+APART = {"__main__", "_native"} | WITH_TRITON
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(gptoss_opt.__path__, "gptoss_opt.")
