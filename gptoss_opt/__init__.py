@@ -7,6 +7,7 @@ from .model.adapters import adapters_off
 from .planner import HardwareError, Plan, PlanError, optimize, plan
 from .serve import ContinuousBatcher, GenerationError
 from .train import export, load_adapter, merge_lora
+from .verification import Verification, verify
 from .version import __version__
 from .wrappers.chunked_loss import with_chunked_loss
 from .wrappers.expert_parallel import shard_experts
@@ -29,6 +30,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Stack",
+    "Verification",
     "Wrapper",
     "__version__",
     "adapters_off",
@@ -48,6 +50,7 @@ __all__ = [
     "shard_tensor_parallel",
     "stack_of",
     "undo",
+    "verify",
     "with_chunked_loss",
     "with_fast_experts",
     "with_fast_linears",

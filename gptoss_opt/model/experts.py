@@ -72,7 +72,7 @@ def why_experts_wait(model: nn.Module) -> str | None:
     if not key.startswith(KEY.format("")):
         return f"the experts implementation {key!r} may wait for the device: use with_fast_experts"
     request, (_, module) = experts_request(model), expert_modules(model)[0]
-    kernels: list[Kernel] = [kernel_of(_weights(module, "down_proj"), key.removeprefix(KEY.format("")))]
+    kernels: list[Kernel] = [kernel_of(weights_held(module, "down_proj"), key.removeprefix(KEY.format("")))]
     if any(change_of(module, f"{projection}_") for projection in PROJECTIONS):
         kernels.append(torch_backend(request))
     device = execution_device(module, module.down_proj_bias)
@@ -119,7 +119,7 @@ def set_experts(model: nn.Module, backend: str, journal: Journal) -> tuple[str, 
 def _native_experts(model: nn.Module) -> str:
     """Which instructions compute the experts, and which kernel up to how many rows, in a sentence."""
     _, module = expert_modules(model)[0]
-    projection = DENSE_EXPERTS if isinstance(_weights(module, "down_proj"), DenseWeights) else PACKED_EXPERTS
+    projection = DENSE_EXPERTS if isinstance(weights_held(module, "down_proj"), DenseWeights) else PACKED_EXPERTS
     rows = described(projection, module.down_proj_bias.dtype)
     return f"experts: by the native library, on {computes_on()}; {projection}: {rows}"
 
@@ -173,7 +173,8 @@ def check_implementation(module: Any, what: str, wrapper: str) -> None:
         )
 
 
-def _weights(module: Any, projection: str) -> DenseWeights | PackedWeights:
+def weights_held(module: Any, projection: str) -> DenseWeights | PackedWeights:
+    """The weights of one projection as the module holds them."""
     # Attributes, not parameters: of a sharded model they are what this rank holds.
     bias = getattr(module, f"{projection}_bias")
     # A parametrisation, such as PEFT's on a parameter, leaves the attribute only.
@@ -195,7 +196,7 @@ def experts_forward(
 
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, backend: str) -> Tensor:
-    gate_up, down = _weights(module, "gate_up_proj"), _weights(module, "down_proj")
+    gate_up, down = weights_held(module, "gate_up_proj"), weights_held(module, "down_proj")
     changes = change_of(module, "gate_up_proj_"), change_of(module, "down_proj_")
     # On a GPU this would wait for it. Below 0 are experts of other ranks.
     if top_k_index.is_cpu and top_k_index.numel() and not is_traced(top_k_index):

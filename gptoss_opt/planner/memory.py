@@ -110,7 +110,8 @@ def memory_of(config: Any, held: Parameters, stack: Stack, work: Workload, devic
     elif "with_chunked_loss" in names:
         num_trained = words * config.hidden_size if work.task == "full" else 0
         logits = min(work.tokens, rows_of_chunk(words, num_trained, ITEMSIZE)) * words * ITEMSIZE
-        logits += num_trained * 6  # the sum of the head's gradient, in float32, and what it becomes
+        # With the sum of the head's gradient, in float32, and what it becomes: before there are other gradients.
+        logits = max(0, logits + num_trained * 6 - gradients)
     else:
         logits = work.tokens * words * WHOLE_LOGITS
     buffers = 2 * work.tokens * config.hidden_size * ITEMSIZE if held.ranks > 1 else 0

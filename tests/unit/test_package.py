@@ -25,6 +25,7 @@ PUBLIC = {
     "Plan",
     "PlanError",
     "Stack",
+    "Verification",
     "Wrapper",
     "__version__",
     "adapters_off",
@@ -44,6 +45,7 @@ PUBLIC = {
     "shard_tensor_parallel",
     "stack_of",
     "undo",
+    "verify",
     "with_chunked_loss",
     "with_fast_experts",
     "with_fast_linears",
@@ -94,13 +96,25 @@ LAYERS: dict[str, set[str]] = {
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
+    "verification": {"core", "kernels", "model", "table"},
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
     "testing": set(),
     "demo": {"table", "testing", "model", "checkpoint", "serve", ""},
     "cli": {"demo", "finetune", ""},
     "__main__": {"cli"},
-    "__init__": {"checkpoint", "core", "distributed", "model", "planner", "serve", "train", "wrappers", "version"},
+    "__init__": {
+        "checkpoint",
+        "core",
+        "distributed",
+        "model",
+        "planner",
+        "serve",
+        "train",
+        "verification",
+        "wrappers",
+        "version",
+    },
 }
 # Third parties a layer may know; every layer may know torch and the standard library.
 KNOWN = {
@@ -111,6 +125,7 @@ KNOWN = {
     "parallel": {"accelerate", "transformers"},
     "serve": {"psutil", "tqdm", "transformers"},
     "train": {"tqdm"},
+    "verification": {"tqdm"},
     "finetune": {"matplotlib", "psutil", "tqdm", "transformers"},
 }
 KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"peft", "psutil", "transformers", "tqdm"}}

@@ -1,0 +1,97 @@
+"""A layer's parts as transformers computes them eagerly, in any dtype, from the weights that a wrapped model holds.
+
+They share no kernel with the wrappers: plain products, one expert after the other, the whole matrix of scores.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+
+from .changes import change_of
+from .experts import PROJECTIONS, weights_held
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def additive_mask(seen: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Causality, a window and padding as what is added to scores: [B, 1, T, T].
+
+    Args:
+        seen: bool [B, T]; False is padding.
+        window: how many tokens each sees, its own included; None is all.
+        dtype: of the mask.
+    """
+    length = seen.shape[1]
+    place = torch.arange(length, device=seen.device)
+    back = place[:, None] - place
+    visible = (back >= 0) & (back < (length if window is None else window)) & seen[:, None, :]
+    return torch.zeros(visible.shape, dtype=dtype, device=seen.device).masked_fill_(~visible, torch.finfo(dtype).min)[
+        :, None
+    ]
+
+
+def plain_attention(module: Any, hidden: Tensor, places: tuple[Tensor, Tensor], seen: Tensor) -> Tensor:
+    """What attention gives for hidden states [B, T, H], in their dtype.
+
+    Args:
+        module: the attention of a layer, with adapters if it has some.
+        hidden: what it is given.
+        places: cosines and sines of the positions, [B or 1, T, D / 2].
+        seen: bool [B, T]; False is padding.
+    """
+    config = copy.deepcopy(module.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        plain: Any = GptOssAttention(config, module.layer_idx)
+    state = {"sinks": module.sinks.detach()}
+    for name in LINEARS:
+        linear = getattr(module, name)
+        weight, change = linear.weight.detach().to(hidden.dtype), change_of(linear)
+        state[f"{name}.weight"] = weight if change is None else weight + change.delta().detach().to(hidden.dtype)
+        if linear.bias is not None:
+            state[f"{name}.bias"] = linear.bias.detach()
+    plain.load_state_dict({name: tensor.to(hidden.dtype) for name, tensor in state.items()}, assign=True)
+    mask = additive_mask(seen, module.sliding_window, hidden.dtype)
+    cos, sin = (one.to(hidden.dtype) for one in places)
+    out: Tensor = plain.eval()(hidden, position_embeddings=(cos, sin), attention_mask=mask)[0]
+    return out
+
+
+def plain_router(module: Any, hidden: Tensor) -> Tensor:
+    """The logits [N, E] of a router for [N, H], in its dtype."""
+    return functional.linear(hidden, module.weight.detach().to(hidden.dtype), module.bias.detach().to(hidden.dtype))
+
+
+def plain_experts(module: Any, hidden: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
+    """The experts' weighted sums [N, H] for [N, H], experts and weights [N, K], in the dtype of the hidden states."""
+    out = torch.zeros_like(hidden)
+    for expert in indices.unique().tolist():
+        tokens, which = torch.where(indices == expert)
+        both = _projected(module, PROJECTIONS[0], expert, hidden[tokens])
+        gate, up = both[..., ::2].clamp(max=module.limit), both[..., 1::2].clamp(-module.limit, module.limit)
+        activated = (up + 1) * (gate * torch.sigmoid(gate * module.alpha))
+        found = _projected(module, PROJECTIONS[1], expert, activated)
+        out = out.index_add(0, tokens, found * routing_weights[tokens, which, None].to(hidden.dtype))
+    return out
+
+
+def _projected(module: Any, projection: str, expert: int, rows: Tensor) -> Tensor:
+    weight = weights_held(module, projection).expert(expert, rows).detach().to(rows.dtype)
+    change = change_of(module, f"{projection}_")
+    if change is not None:
+        weight = weight + change.expert(expert).delta().detach().mT.to(rows.dtype)
+    bias: Tensor = getattr(module, f"{projection}_bias")[expert].detach()
+    return rows @ weight + bias.to(rows.dtype)
+
+
+def plain_head(model: Any, hidden: Tensor) -> Tensor:
+    """The logits of hidden states, in their dtype."""
+    head: nn.Linear = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
+    return functional.linear(hidden, head.weight.detach().to(hidden.dtype), bias)

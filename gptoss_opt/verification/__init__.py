@@ -1,0 +1,4 @@
+"""Whether a wrapped model computes what plain eager computations of its weights do, part by part."""
+
+from .drift import Drift
+from .verify import Verification, verify

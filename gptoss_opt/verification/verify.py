@@ -1,0 +1,319 @@
+"""`verify`: a probe batch through a wrapped model, and every part of it beside a plain computation of its weights."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..core import mesh_of
+from ..core.record import wrapped_model
+from ..kernels.attention import BACKENDS as ATTENTION_BACKENDS
+from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, PackedWeights
+from ..model.attention import KEY, attention_request
+from ..model.experts import experts_request, weights_held
+from ..model.plain import plain_attention, plain_experts, plain_head, plain_router
+from ..table import Table
+from .drift import Drift, epsilon, share_of
+from .probe import (
+    Call,
+    Calls,
+    Plain,
+    first_tensor,
+    implementation,
+    in_eval,
+    recording,
+    run_in_steps,
+    run_whole,
+)
+
+STEPS = 3
+PADDING = 5
+"""How many tokens are decoded on a cache, and how many of the second row are padding."""
+MAX_TOKENS = 512
+SAME_DECODING = 0.05
+"""How far logits may be when the same steps run without anybody listening, as a part of their norm."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found: prints as a verdict and a table, and holds the facts.
+
+    Attributes:
+        drifts: every part of every layer by every backend.
+        title: what was verified, in words.
+    """
+
+    drifts: tuple[Drift, ...]
+    title: str
+
+    @property
+    def right(self) -> bool:
+        """Whether everything is within what rounding explains."""
+        return all(drift.right for drift in self.drifts)
+
+    @property
+    def wrong(self) -> list[Drift]:
+        """What is not, the worst first."""
+        return sorted((drift for drift in self.drifts if not drift.right), key=lambda drift: -drift.share)
+
+    @property
+    def verdict(self) -> str:
+        """A sentence."""
+        worst = max(self.drifts, key=lambda drift: drift.share)
+        count = len(self.drifts)
+        if self.right:
+            return (
+                f"Right: all {count} results are what plain eager computations give, as far as rounding goes; the "
+                f"largest error is {worst.share:.0%} of what is allowed, in {worst.where}."
+            )
+        backends = sorted({f"{drift.part} by {drift.backend}" for drift in self.wrong})
+        return (
+            f"WRONG: {len(self.wrong)} of {count} results are not what plain eager computations give "
+            f"({', '.join(backends)}). The worst is {worst.where}: {worst.share:,.1f} times what is allowed. Name "
+            "another backend for that wrapper, or undo it, and report it with this table."
+        )
+
+    @property
+    def table(self) -> Table:
+        """The worst layer of each part, backend and kind."""
+        worst: dict[tuple[str, str, str], Drift] = {}
+        for drift in self.drifts:
+            key = drift.part, drift.backend, drift.kind
+            if key not in worst or drift.share > worst[key].share:
+                worst[key] = drift
+        rows = [
+            (
+                *key,
+                "" if drift.layer is None else str(drift.layer),
+                f"{drift.share:.0%}" if drift.share < 10 else f"{drift.share:,.0f} times",
+                drift.norm,
+                "yes" if drift.right else "NO",
+            )
+            for key, drift in sorted(worst.items())
+        ]
+        return Table(("part", "backend", "what", "worst layer", "of what is allowed", "by", "right"), rows)
+
+    def __str__(self) -> str:
+        return f"{self.title}\n{self.verdict}\n\n{self.table}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in (self.title, self.verdict))
+        return lines + self.table._repr_html_()
+
+
+def verify(
+    model: Any, against: str = "eager", tokens: Tensor | None = None, *, gradients: bool = False
+) -> Verification:
+    """Compare every part of a wrapped model with a plain eager computation of its weights, on a batch of tokens.
+
+    A self-test for your model on your machine: attention, router, experts and head of every layer get what they get in
+    a forward, and in decoding on a cache, and what they give is compared with plain products in a higher precision.
+    Allowed is a small multiple of the error that plain computations in the model's own dtype have. Every other backend
+    that claims to serve here is tried as well. Nothing is changed; adapters are computed as they are, without dropout.
+
+    Args:
+        model: a GPT-OSS model in one process, with wrappers or without.
+        against: "eager", the only one there is.
+        tokens: int64 `[batch, length]`; by default two random rows, longer than the window, one of them padded.
+        gradients: whether the gradients of what attention and experts are given are compared too.
+
+    Returns:
+        The verdict, and every drift.
+
+    Raises:
+        ValueError: another `against`, tokens that are none, or a model that several processes hold together.
+
+    Example:
+        >>> found = verify(with_flash_attention(model))
+        >>> found.right
+        True
+        >>> print(found.verdict)
+        Right: all ... results are what plain eager computations give, as far as rounding goes; ...
+    """
+    if against != "eager":
+        raise ValueError(f"against is {against!r}. Use 'eager'.")
+    inner: Any = wrapped_model(model)
+    if mesh_of(inner) is not None:
+        raise ValueError(
+            "verify compares what one process holds, and several hold this model together. Verify a smaller model of "
+            "the same wrappers on one device, without shard_tensor_parallel and shard_experts."
+        )
+    tokens, seen = _probe(inner, tokens)
+    with in_eval(inner):
+        drifts = list(_drifts(inner, tokens, seen, gradients))
+    dtype = str(inner.dtype).removeprefix("torch.")
+    title = f"{type(inner).__name__}, {len(_layers(inner))} layers in {dtype} on {inner.device}"
+    return Verification(tuple(drifts), f"{title}: {tokens.shape[0]} rows of {tokens.shape[1]} tokens")
+
+
+def _layers(model: Any) -> list[Any]:
+    return list(model.base_model.layers)
+
+
+def _probe(model: Any, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    config = model.config
+    if tokens is None:
+        length = min(config.sliding_window + config.sliding_window // 2 + 8, config.max_position_embeddings)
+        tokens = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+        seen = torch.ones(tokens.shape, dtype=torch.bool)
+        seen[1, :PADDING] = False
+    else:
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < STEPS + 2:
+            shape = list(tokens.shape)
+            raise ValueError(f"tokens are {tokens.dtype} {shape}. Give int64 [batch, length], {STEPS + 2} at least.")
+        seen = torch.ones(tokens.shape, dtype=torch.bool)
+    if tokens.shape[1] > MAX_TOKENS and tokens.numel() > 4 * MAX_TOKENS:
+        raise ValueError(f"tokens are {list(tokens.shape)}, and all scores of attention are written. Give fewer.")
+    return tokens.to(model.device), seen.to(model.device)
+
+
+def _drifts(model: Any, tokens: Tensor, seen: Tensor, gradients: bool) -> Iterator[Drift]:
+    layers = _layers(model)
+    parts: list[nn.Module] = [
+        part for layer in layers for part in (layer.self_attn, layer.mlp.router, layer.mlp.experts)
+    ]
+    head = model.get_output_embeddings()
+    with recording([*parts, head]) as whole:
+        run_whole(model, tokens, seen)
+    with recording(parts) as stepped:
+        listened = run_in_steps(model, tokens, seen, STEPS)
+    alone = run_in_steps(model, tokens, seen, STEPS)
+    attention, experts = _backends(model)
+    for number, layer in enumerate(tqdm(layers, desc="verifying", unit="layer", delay=1)):
+        yield from _attention(number, layer.self_attn, whole, stepped, seen, attention, gradients)
+        yield from _router(number, layer.mlp.router, whole)
+        yield from _experts(number, layer.mlp.experts, whole, stepped, experts, gradients)
+    call = whole[head][-1]
+    plain: Plain = partial(plain_head, model)
+    yield _compared("head", None, _name(model.config, "head"), "forward", call.out, call.args[0], plain)
+    off = float((alone.double() - listened.double()).norm() / listened.double().norm())
+    yield Drift("head", None, "the model as it runs", "decoding", off / SAME_DECODING, "root mean square")
+
+
+def _name(config: Any, part: str) -> str:
+    """The backend that computes a part now."""
+    if part not in ("attention", "experts"):
+        return "the model"
+    value = str(config._attn_implementation if part == "attention" else config._experts_implementation)
+    return value.removeprefix(KEY.format(""))
+
+
+def _backends(model: Any) -> tuple[list[str], list[str]]:
+    """The other backends of attention and of experts that serve here, where ours are on the model at all."""
+    attention, experts = [], []
+    if str(model.config._attn_implementation).startswith(KEY.format("")):
+        wanted = attention_request(model)
+        attention = [one.name for one in ATTENTION_BACKENDS if one.why_not(wanted) is None]
+    if str(model.config._experts_implementation).startswith(KEY.format("")):
+        asked = experts_request(model)
+        packed = isinstance(weights_held(_layers(model)[0].mlp.experts, "down_proj"), PackedWeights)
+        known = PACKED_BACKENDS if packed else DENSE_BACKENDS
+        experts = [one.name for one in known if one.why_not(asked) is None]
+    return (
+        [name for name in attention if name != _name(model.config, "attention")],
+        [name for name in experts if name != _name(model.config, "experts")],
+    )
+
+
+def _attention(
+    number: int, module: Any, whole: Calls, stepped: Calls, seen: Tensor, others: list[str], gradients: bool
+) -> Iterator[Drift]:
+    call, name = whole[module][-1], _name(module.config, "attention")
+
+    def plain(places: tuple[Tensor, Tensor], hidden: Tensor) -> Tensor:
+        return plain_attention(module, hidden, places, seen)[seen]
+
+    def again(hidden: Tensor) -> Tensor:
+        return first_tensor(module(**{**call.kwargs, "hidden_states": hidden}))[seen]
+
+    hidden = call.kwargs["hidden_states"]
+    exact = partial(plain, call.kwargs["position_embeddings"])
+    yield _compared("attention", number, name, "forward", first_tensor(call.out)[seen], hidden, exact)
+    calls = stepped[module]
+    together = torch.cat([one.kwargs["hidden_states"] for one in calls], 1)
+    places = tuple(
+        torch.cat([one.kwargs["position_embeddings"][which].expand(len(seen), -1, -1) for one in calls], 1)
+        for which in (0, 1)
+    )
+    out = torch.cat([first_tensor(one.out) for one in calls], 1)[seen]
+    yield _compared("attention", number, name, "decoding", out, together, partial(plain, (places[0], places[1])))
+    if gradients:
+        yield _differentiated("attention", number, name, again, hidden, exact)
+    for other in others:
+        with implementation(module.config, "_attn_implementation", KEY.format(other)):
+            with torch.no_grad():
+                found = again(hidden)
+            yield _compared("attention", number, other, "forward", found, hidden, exact)
+            if gradients:
+                yield _differentiated("attention", number, other, again, hidden, exact)
+
+
+def _router(number: int, module: Any, whole: Calls) -> Iterator[Drift]:
+    call = whole[module][-1]
+    logits = first_tensor(call.out)
+    yield _compared("router", number, "the model", "forward", logits, call.args[0], partial(plain_router, module))
+
+
+def _experts(
+    number: int, module: Any, whole: Calls, stepped: Calls, others: list[str], gradients: bool
+) -> Iterator[Drift]:
+    name = _name(module.config, "experts")
+
+    def plain(call: Call, hidden: Tensor) -> Tensor:
+        return plain_experts(module, hidden, *call.args[1:3])
+
+    def again(hidden: Tensor) -> Tensor:
+        return first_tensor(module(hidden, *call.args[1:3]))
+
+    for kind, call in (("forward", whole[module][-1]), ("decoding", stepped[module][-1])):
+        yield _compared("experts", number, name, kind, first_tensor(call.out), call.args[0], partial(plain, call))
+    call = whole[module][-1]
+    hidden, exact = call.args[0], partial(plain, call)
+    if gradients:
+        yield _differentiated("experts", number, name, again, hidden, exact)
+    for other in others:
+        with implementation(module.config, "_experts_implementation", KEY.format(other)):
+            with torch.no_grad():
+                found = again(hidden)
+            yield _compared("experts", number, other, "forward", found, hidden, exact)
+            if gradients:
+                yield _differentiated("experts", number, other, again, hidden, exact)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+@torch.no_grad()
+def _compared(
+    part: str, layer: int | None, backend: str, kind: str, found: Tensor, given: Tensor, plain: Plain
+) -> Drift:
+    exact, low = plain(given.to(_wide(given.dtype))), plain(given)
+    return Drift(part, layer, backend, kind, *share_of(found, low, exact, epsilon(found.dtype)))
+
+
+def _differentiated(part: str, layer: int, backend: str, ours: Plain, given: Tensor, plain: Plain) -> Drift:
+    """The gradient of what a part is given, of a random gradient of what it gives."""
+    d_out: Tensor | None = None
+
+    def gradient(compute: Plain, dtype: torch.dtype) -> Tensor:
+        nonlocal d_out
+        leaf = given.detach().to(dtype).requires_grad_()
+        with torch.enable_grad():
+            out = compute(leaf)
+            if d_out is None:
+                d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
+            return torch.autograd.grad(out, leaf, d_out.to(out.dtype))[0]
+
+    found, low = gradient(ours, given.dtype), gradient(plain, given.dtype)
+    exact = gradient(plain, _wide(given.dtype))
+    return Drift(part, layer, backend, "gradient", *share_of(found, low, exact, epsilon(given.dtype)))
