@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError, gather_state_dict, load, save_adapter
 from .core import BackendError, CompatibilityError, IrreversibleError, Stack, Wrapper, compose, explain, stack_of, undo
 from .distributed import balance_experts, init_distributed
+from .doctor import doctor
 from .model.adapters import adapters_off
 from .planner import HardwareError, Plan, PlanError, optimize, plan
 from .serve import ContinuousBatcher, GenerationError
@@ -36,6 +37,7 @@ __all__ = [
     "adapters_off",
     "balance_experts",
     "compose",
+    "doctor",
     "explain",
     "export",
     "gather_state_dict",

@@ -15,7 +15,7 @@ from .code import code_of, launch_of
 from .hardware import Hardware, described, detected
 from .memory import Memory
 from .options import Option, most, options
-from .reasons import reasons_for
+from .reasons import reasons_for, written
 from .speed import Rate
 from .target import Target, target_of
 from .workload import Objective, Task, Workload
@@ -127,10 +127,8 @@ class Plan:
     @property
     def tables(self) -> tuple[Table, Table, Table]:
         """Memory, speed, and wrappers."""
-        rows = [(label, f"{count / 1e9:,.2f} GB") for label, count in self.memory.lines.items()]
-        memory = Table(
-            ("memory of the fullest device", "bytes"), [*rows, ("in all", f"{self.peak_bytes / 1e9:,.2f} GB")]
-        )
+        rows = [(label, written(count)) for label, count in self.memory.lines.items()]
+        memory = Table(("memory of the fullest device", "bytes"), [*rows, ("in all", written(self.peak_bytes))])
         speed = Table(("speed", "estimate"), [(name, str(rate)) for name, rate in self.speed.items()])
         taken = {wrapper.name: repr(wrapper) for wrapper in self.stack}
         names = sorted(self.reasons, key=lambda name: name not in taken)
@@ -138,24 +136,26 @@ class Plan:
         return memory, speed, Table(("wrapper", "taken", "why"), wrappers, (34, 5, 66))
 
     @property
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """Warnings, and what would make it fit, as sentences."""
         return [*(f"Note: {one}." for one in self.warnings), *(f"To make it fit: {one}." for one in self.to_fit)]
 
     @property
-    def _script(self) -> str:
+    def script(self) -> str:
+        """The code, below the command that starts it where there is one."""
         return self.code if self.launch is None else f"# {self.launch}\n{self.code}"
 
     def __str__(self) -> str:
-        parts = [f"{self.title}\n{self.verdict}", *map(str, self.tables), *self._notes, self._script]
+        parts = [f"{self.title}\n{self.verdict}", *map(str, self.tables), *self.notes, self.script]
         return "\n\n".join(parts)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in (self.title, self.verdict))
-        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self._notes)
+        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self.notes)
         tables = "".join(table._repr_html_() for table in self.tables)
-        return f"{lines}{tables}{notes}<pre>{html.escape(self._script)}</pre>"
+        return f"{lines}{tables}{notes}<pre>{html.escape(self.script)}</pre>"
 
 
 def plan(

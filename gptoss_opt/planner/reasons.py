@@ -45,7 +45,7 @@ def _of_your_own(case: Case) -> str:
 def _flash(case: Case) -> str:
     work, config = case.option.work, case.target.config
     scores = work.batch * config.num_attention_heads * work.context**2 * 2
-    return f"the scores of {work.context:,} tokens would take {_gb(scores)} in each layer; this never writes them"
+    return f"the scores of {work.context:,} tokens would take {written(scores)} in each layer; this never writes them"
 
 
 def _experts_bytes(config: Any, bits: float) -> float:
@@ -56,13 +56,15 @@ def _experts_bytes(config: Any, bits: float) -> float:
 def _packed(case: Case) -> str:
     packed, dense = (_experts_bytes(case.target.config, bits) for bits in (4.25, 16))
     how = "exactly as they are in the checkpoint" if case.target.packed else "rounded"
-    return f"the experts take {_gb(packed)} packed, {how}, and {_gb(dense)} in bfloat16"
+    return f"the experts take {written(packed)} packed, {how}, and {written(dense)} in bfloat16"
 
 
 def _not_packed(case: Case) -> str:
     if case.option.work.task == "full":
         return "all parameters are trained, and packed weights take no gradient"
-    return f"the checkpoint is dense and fits: its experts, {_gb(_experts_bytes(case.target.config, 16))}, stay exact"
+    return (
+        f"the checkpoint is dense and fits: its experts, {written(_experts_bytes(case.target.config, 16))}, stay exact"
+    )
 
 
 def _no_fast_experts(case: Case) -> str:
@@ -80,7 +82,9 @@ def _no_linears(case: Case) -> str:
 
 def _tensor(case: Case) -> str:
     held, ranks = case.option.held.num_bytes, case.option.held.ranks
-    return f"each of {ranks} devices holds {_gb(held)} of weights and a part of all heads, and they meet twice a layer"
+    return (
+        f"each of {ranks} devices holds {written(held)} of weights and a part of all heads, and they meet twice a layer"
+    )
 
 
 def _not_spread(case: Case) -> str:
@@ -126,7 +130,7 @@ def _no_full(case: Case) -> str:
 def _loss(case: Case) -> str:
     work, words = case.option.work, case.target.config.vocab_size
     whole = replace(work).tokens * words * 13
-    return f"the logits of {work.tokens:,} tokens and their gradients would take {_gb(whole)}; a chunk takes less"
+    return f"the logits of {work.tokens:,} tokens and their gradients would take {written(whole)}; a chunk takes less"
 
 
 def _no_loss(case: Case) -> str:
@@ -147,5 +151,11 @@ REASONS: dict[str, tuple[Callable[[Case], str], Callable[[Case], str]]] = {
 """By wrapper, why it is taken and why it is not."""
 
 
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
+def written(num_bytes: float) -> str:
+    """A number of bytes, as people write it.
+
+    Example:
+        >>> written(13.76e9), written(4.7e6)
+        ('13.76 GB', '4.7 MB')
+    """
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

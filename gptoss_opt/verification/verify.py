@@ -100,6 +100,11 @@ class Verification:
         ]
         return Table(("part", "backend", "what", "worst layer", "of what is allowed", "by", "right"), rows)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as what JSON can hold."""
+        drifts = [{**vars(drift), "right": drift.right} for drift in self.drifts]
+        return {"title": self.title, "right": self.right, "verdict": self.verdict, "drifts": drifts}
+
     def __str__(self) -> str:
         return f"{self.title}\n{self.verdict}\n\n{self.table}"
 

@@ -31,6 +31,7 @@ PUBLIC = {
     "adapters_off",
     "balance_experts",
     "compose",
+    "doctor",
     "explain",
     "export",
     "gather_state_dict",
@@ -101,20 +102,11 @@ LAYERS: dict[str, set[str]] = {
     "version": set(),
     "testing": set(),
     "demo": {"table", "testing", "model", "checkpoint", "serve", ""},
-    "cli": {"demo", "finetune", ""},
+    "doctor": {"kernels", "planner", "table", "version"},
+    "cli": {"demo", "finetune", "layout", "table", ""},
     "__main__": {"cli"},
-    "__init__": {
-        "checkpoint",
-        "core",
-        "distributed",
-        "model",
-        "planner",
-        "serve",
-        "train",
-        "verification",
-        "wrappers",
-        "version",
-    },
+    "__init__": {"checkpoint", "core", "distributed", "doctor", "model", "planner", "serve", "train", "verification"}
+    | {"version", "wrappers"},
 }
 # Third parties a layer may know; every layer may know torch and the standard library.
 KNOWN = {
@@ -126,6 +118,7 @@ KNOWN = {
     "serve": {"psutil", "tqdm", "transformers"},
     "train": {"tqdm"},
     "verification": {"tqdm"},
+    "cli": {"rich", "typer"},
     "finetune": {"matplotlib", "psutil", "tqdm", "transformers"},
 }
 KNOWN |= {"testing": {"safetensors", "tqdm"}, "demo": {"peft", "psutil", "transformers", "tqdm"}}

@@ -1,36 +1,23 @@
-"""The command line: `python -m gptoss_opt`, and `gptoss-opt` once installed."""
+"""The commands whose options are argparse's: `demo` and `finetune`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from . import BackendError, CheckpointError, CompatibilityError, __version__
-from .finetune.options import FinetuneError, add_options, read_config, settle
+from .. import BackendError, CheckpointError, CompatibilityError
+from ..finetune.options import FinetuneError, add_options, read_config, settle
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STOPPED = 130
+"""The exit code after Ctrl-C."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line with these arguments (by default the program's own), and return the exit code.
-
-    0: done. 1: the demo found a difference above its tolerance. 2: wrong arguments, or a model or data that cannot be
-    used. 130: stopped by Ctrl-C.
-    """
-    args = parser().parse_args(argv)
-    return int(args.run(args))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    top = argparse.ArgumentParser(prog="gptoss_opt", description="Wrappers for Hugging Face GPT-OSS models.")
-    top.add_argument("--version", action="version", version=f"gptoss_opt {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    demo = commands.add_parser(
-        "demo",
-        help="measure a model in eager attention and with the wrappers",
+def demo_parser() -> argparse.ArgumentParser:
+    """The parser of `demo`."""
+    demo = argparse.ArgumentParser(
+        prog="gptoss-opt demo",
         description="Generate and take a training step in eager attention and with each wrapper, decode, serve, "
         "fine-tune, and compare. Exits with 1 if a wrapper changes the model's results.",
     )
@@ -50,19 +37,20 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--threads", type=_whole_number(1), metavar="N", help="CPU threads (default: torch's own choice)")
     demo.add_argument("--ranks", type=_whole_number(2), metavar="N", help="shard the model over N processes as well")
-    demo.set_defaults(run=_demo)
+    return demo
 
-    finetune = commands.add_parser(
-        "finetune",
-        help="train adapters, or all parameters, on a file of rows",
+
+def finetune_parser() -> argparse.ArgumentParser:
+    """The parser of `finetune`."""
+    finetune = argparse.ArgumentParser(
+        prog="gptoss-opt finetune",
         description="Train adapters or all parameters of a checkpoint on JSON lines: chats, texts, or prompts with "
         "completions. Rows are all checked before training starts. Ctrl-C saves.",
     )
     add_options(finetune)
     finetune.add_argument("--resume", action="store_true", help="go on with the run in --output, with its options")
     finetune.add_argument("--show-code", action="store_true", help="print a script that does the same, and do nothing")
-    finetune.set_defaults(run=_finetune)
-    return top
+    return finetune
 
 
 def _whole_number(minimum: int) -> Callable[[str], int]:
@@ -74,10 +62,12 @@ def _whole_number(minimum: int) -> Callable[[str], int]:
     return convert
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from .demo import DemoError, run_demo
+def demo(arguments: list[str]) -> int:
+    """Run `demo`, and return the exit code: 1 if a wrapper changes results."""
+    from ..demo import DemoError, run_demo
 
-    given = {name: value for name, value in vars(args).items() if name not in ("run", "model") and value is not None}
+    args = demo_parser().parse_args(arguments)
+    given = {name: value for name, value in vars(args).items() if name != "model" and value is not None}
     try:
         report = run_demo(args.model, **given)
     except (DemoError, CompatibilityError, BackendError) as error:
@@ -87,12 +77,14 @@ def _demo(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-def _finetune(args: argparse.Namespace) -> int:
-    from .finetune.loop import finetune
-    from .finetune.run_folder import continued
-    from .finetune.script import script
+def finetune(arguments: list[str]) -> int:
+    """Run `finetune`, and return the exit code."""
+    from ..finetune.loop import finetune
+    from ..finetune.run_folder import continued
+    from ..finetune.script import script
 
-    given = {name: value for name, value in vars(args).items() if name not in ("run", "config", "resume", "show_code")}
+    args = finetune_parser().parse_args(arguments)
+    given = {name: value for name, value in vars(args).items() if name not in ("config", "resume", "show_code")}
     try:
         given = {**(read_config(args.config) if args.config else {}), **given}
         options = settle(continued(given) if args.resume else given)
@@ -105,6 +97,6 @@ def _finetune(args: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         print("gptoss_opt finetune: stopped. What was saved before is there, and nothing since.", file=sys.stderr)
-        return 130
+        return STOPPED
     print(summary)
-    return 0 if summary.finished else 130
+    return 0 if summary.finished else STOPPED

@@ -1,0 +1,3 @@
+"""The command line: `python -m gptoss_opt`, and `gptoss-opt` once installed."""
+
+from .app import main
