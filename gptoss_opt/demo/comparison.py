@@ -119,10 +119,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """All comparisons, and the code that loads such a model: prints as text, and shows as HTML in a notebook."""
+    """All comparisons, the code that loads such a model, and a plan: prints as text, and as HTML in a notebook."""
 
     comparisons: tuple[Comparison, ...]
     code: str
+    plan: str
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -132,9 +133,14 @@ class DemoReport:
 
     @property
     def notes(self) -> str:
-        """What stands below the tables: problems, what is on the last model of each, and the code."""
+        """What stands below the tables: problems, what is on the last model of each, the code, and the plan."""
         explanations = (comparison.outcomes[-1].explanation for comparison in self.comparisons)
-        parts = ["\n".join(f"NOT THE SAME: {problem}" for problem in self.problems), *explanations, self.code]
+        parts = [
+            "\n".join(f"NOT THE SAME: {problem}" for problem in self.problems),
+            *explanations,
+            self.code,
+            self.plan,
+        ]
         return "\n\n".join(filter(None, parts))
 
     def __str__(self) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import CheckpointError, Stack, with_mxfp4_experts
+from .. import CheckpointError, HardwareError, Stack, plan, with_mxfp4_experts
 from ..checkpoint import Checkpoint
+from ..layout import LayoutError
 from ..testing import Size, random_checkpoint
 from .comparison import Comparison, DemoReport, Outcome, Settings
 from .isolate import DemoError, explained, steps_of
@@ -87,7 +88,15 @@ def run_demo(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {"device": device, "threads": threads or torch.get_num_threads()}
     tables = tuple(replace(one, title=one.title.format(**settings | facts)) for one, settings in found)
-    return DemoReport(tables, CODE.format(model=model or "openai/gpt-oss-20b"))
+    return DemoReport(tables, CODE.format(model=model or "openai/gpt-oss-20b"), _planned(model or "20b"))
+
+
+def _planned(model: str) -> str:
+    """The plan of a model for this machine."""
+    try:
+        return f"The plan for this machine:\n\n{plan(model)}"
+    except (HardwareError, LayoutError) as error:
+        return f"There is no plan for this machine: {error}"
 
 
 def check_model(path: str, max_length: int, ranks: int | None) -> bool:

@@ -444,7 +444,10 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     arguments = ["demo", "--model", path, "--lengths", "8", "12", "--new-tokens", "3", "--dtype", "float32"]
     assert cli.main(arguments) == 0
     assert given == [(path, {"lengths": [8, 12], "new_tokens": 3, "dtype": "float32"})]
-    assert f'load("{path}", with_mxfp4_experts(), with_flash_attention())' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f'load("{path}", with_mxfp4_experts(), with_flash_attention())' in out
+    assert "The plan for this machine" in out
+    assert "It fits" in out
     comparisons = stacks(Case("eager"), Case("no sinks", without_sinks))
     assert cli.main(arguments) == 1
     assert "NOT THE SAME" in capsys.readouterr().out

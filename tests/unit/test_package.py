@@ -101,7 +101,7 @@ LAYERS: dict[str, set[str]] = {
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
     "testing": set(),
-    "demo": {"table", "testing", "model", "checkpoint", "serve", ""},
+    "demo": {"layout", "table", "testing", "model", "checkpoint", "serve", ""},
     "doctor": {"kernels", "planner", "table", "version"},
     "cli": {"demo", "doctor", "finetune", "layout", "table", ""},
     "__main__": {"cli"},
