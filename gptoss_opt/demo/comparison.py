@@ -137,7 +137,6 @@ class DemoReport:
         parts = [
             "\n".join(f"NOT THE SAME: {problem}" for problem in self.problems),
             *explanations,
-            self.code,
             self.plan,
         ]
         return "\n\n".join(filter(None, parts))
