@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import __version__
-from . import arguments, show
+from ..planner import RELEASED_AT
+from . import arguments, completing, show
 
 DONE, NO, MISTAKE = 0, 1, 2
 """Exit codes: done; the answer is no; the user's mistake."""
@@ -110,6 +112,46 @@ def plan(
     found = _answered(lambda: plan(model, **given), f"from gptoss_opt import plan\n\nprint({code})", show_code)  # type: ignore[arg-type]
     show.answer(found, [found.title, found.verdict], found.tables, [*found.notes, found.script], json)
     raise typer.Exit(DONE if found.fits else NO)
+
+
+@app.command()
+def run(
+    model: Model,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT ...", help="Else lines of --file, or of standard input.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="With one prompt in each line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a prompt and its completion.")] = 4096,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts are not put into the chat template.")] = False,
+    json: Json = False,
+    show_code: ShowCode = False,
+) -> None:
+    """Complete prompts, all at once by continuous batching; one alone is written as it comes."""
+    from .. import optimize
+
+    drawn: dict[str, Any] = {"temperature": temperature} if temperature else {"do_sample": False}
+    options = {"max_new_tokens": max_new_tokens, **drawn}
+
+    def answer() -> None:
+        texts = completing.prompts_of(prompts, file)
+        made = optimize(model, task="serve", context=context, batch=len(texts))
+        completing.complete(made, made.plan.source, texts, raw=raw, as_json=json, **options)
+
+    code = ""
+    if show_code:
+        texts = _answered(lambda: completing.prompts_of(prompts, file), "", False)
+        planned = {"task": "serve", "context": context, "batch": len(texts)}
+        code = completing.CODE.format(
+            optimize=show.call("optimize", [model], planned),
+            source=show.written(RELEASED_AT.get(model, model)),
+            prompts=show.written(texts),
+            batch=len(texts),
+            prompt=completing.PLAIN if raw else completing.CHAT,
+            options=", ".join(f"{name}={value!r}" for name, value in options.items()),
+        )
+    _answered(answer, code, show_code)
 
 
 @app.command()

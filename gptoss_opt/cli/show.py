@@ -17,10 +17,10 @@ from ..table import Table
 
 def mistakes() -> tuple[type[Exception], ...]:
     """What the library raises for a user's mistake."""
-    from .. import BackendError, CheckpointError, CompatibilityError, HardwareError, PlanError
-    from ..layout import LayoutError
+    from .. import BackendError, CheckpointError, CompatibilityError, PlanError
 
-    return BackendError, CheckpointError, CompatibilityError, HardwareError, PlanError, LayoutError
+    # Sizes and descriptions that cannot be are ValueErrors: of layouts, of machines, of finetuning, of prompts.
+    return BackendError, CheckpointError, CompatibilityError, PlanError, ValueError
 
 
 def call(
@@ -39,14 +39,15 @@ def call(
     """
     defaults = {} if of is None else {name: one.default for name, one in inspect.signature(of).parameters.items()}
     named = [
-        f"{name}={_written(value)}"
-        for name, value in options.items()
-        if name not in defaults or defaults[name] != value
+        f"{name}={written(value)}" for name, value in options.items() if name not in defaults or defaults[name] != value
     ]
-    return f"{function}({', '.join([*([first] if first else []), *map(_written, given), *named])})"
+    return f"{function}({', '.join([*([first] if first else []), *map(written, given), *named])})"
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as Python writes it, texts in double quotes."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 

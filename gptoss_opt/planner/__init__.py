@@ -3,3 +3,4 @@
 from .hardware import Device, Hardware, HardwareError, described, detected
 from .optimize import PlanError, optimize
 from .plan import Plan, plan
+from .target import RELEASED_AT

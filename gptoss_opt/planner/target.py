@@ -17,6 +17,9 @@ from ..layout import MXFP4
 from ..model.build import RELEASED, build, is_config
 from .parameters import Parameters, parameters_of
 
+RELEASED_AT = {size: f"openai/gpt-oss-{size}" for size in RELEASED}
+"""Their names on the hub."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -69,7 +72,7 @@ def target_of(model: Any) -> Target:
     if is_config(model):
         return _of_config(model, _is_packed(model), "PATH")
     if isinstance(model, str) and model in RELEASED:
-        return _of_config(RELEASED[model], True, f"openai/gpt-oss-{model}")
+        return _of_config(RELEASED[model], True, RELEASED_AT[model])
     if isinstance(model, str | os.PathLike):
         config = Checkpoint.open(model).config
         return _of_config(config, _is_packed(config), os.fspath(model))

@@ -103,7 +103,7 @@ LAYERS: dict[str, set[str]] = {
     "testing": set(),
     "demo": {"layout", "table", "testing", "model", "checkpoint", "serve", ""},
     "doctor": {"kernels", "planner", "table", "version"},
-    "cli": {"demo", "doctor", "finetune", "layout", "table", ""},
+    "cli": {"demo", "doctor", "finetune", "planner", "table", ""},
     "__main__": {"cli"},
     "__init__": {"checkpoint", "core", "distributed", "doctor", "model", "planner", "serve", "train", "verification"}
     | {"version", "wrappers"},
