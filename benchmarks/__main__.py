@@ -17,6 +17,7 @@ BENCHMARKS = {
     "attention": "attention with sinks, beside transformers' eager attention",
     "experts": "one expert layer of the 20b, packed and dense, beside transformers' implementations",
     "plan": "plans beside what processes hold and do: memory of stacks, and decoding",
+    "monitor": "what with_monitor costs, in decoding and in training",
     "tune": "linear layers and experts, natively and by torch: the table of which kernel computes when",
     "load": "`load` of a packed checkpoint of the 20b's shapes (--layers N; --full: all of them, and generate)",
     "parallel": "sharded models on two processes, beside transformers' expert parallelism (--layers N)",

@@ -17,6 +17,7 @@ from .wrappers.fast_linears import with_fast_linears
 from .wrappers.flash_attention import with_flash_attention
 from .wrappers.full_finetuning import with_full_finetuning
 from .wrappers.lora import with_lora
+from .wrappers.monitor import monitor_of, with_monitor
 from .wrappers.mxfp4_experts import with_mxfp4_experts
 from .wrappers.tensor_parallel import shard_tensor_parallel
 
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "load_adapter",
     "merge_lora",
+    "monitor_of",
     "optimize",
     "plan",
     "save_adapter",
@@ -59,5 +61,6 @@ __all__ = [
     "with_flash_attention",
     "with_full_finetuning",
     "with_lora",
+    "with_monitor",
     "with_mxfp4_experts",
 ]

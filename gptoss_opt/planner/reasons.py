@@ -147,6 +147,7 @@ REASONS: dict[str, tuple[Callable[[Case], str], Callable[[Case], str]]] = {
     "with_lora": (_lora, _no_lora),
     "with_full_finetuning": (_full, _no_full),
     "with_chunked_loss": (_loss, _no_loss),
+    "with_monitor": (_of_your_own, lambda case: "it only watches: add it where you want to see what a model does"),
 }
 """By wrapper, why it is taken and why it is not."""
 

@@ -39,6 +39,7 @@ PUBLIC = {
     "load",
     "load_adapter",
     "merge_lora",
+    "monitor_of",
     "optimize",
     "plan",
     "save_adapter",
@@ -53,6 +54,7 @@ PUBLIC = {
     "with_flash_attention",
     "with_full_finetuning",
     "with_lora",
+    "with_monitor",
     "with_mxfp4_experts",
 }
 
@@ -92,12 +94,13 @@ LAYERS: dict[str, set[str]] = {
     "model": {"core", "distributed", "kernels", "layout"},
     "checkpoint": {"core", "distributed", "kernels", "layout", "model"},
     "parallel": {"checkpoint", "core", "distributed", "kernels", "layout", "model"},
-    "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "parallel"},
+    "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "monitoring", "parallel"},
     "serve": {"core", "distributed", "kernels", "model", "wrappers"},
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "verification": {"core", "kernels", "model", "table"},
+    "monitoring": {"core", "distributed", "model", "table"},
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
     "testing": set(),
@@ -118,6 +121,7 @@ KNOWN = {
     "serve": {"psutil", "tqdm", "transformers"},
     "train": {"tqdm"},
     "verification": {"tqdm"},
+    "monitoring": {"matplotlib", "psutil"},
     "cli": {"rich", "typer"},
     "finetune": {"matplotlib", "psutil", "tqdm", "transformers"},
 }

@@ -1,0 +1,63 @@
+"""Where steps are written: a log, JSON lines, or the writers of dashboards that are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .step import Step
+
+LOGGER = logging.getLogger("gptoss_opt")
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+"""Dashboards, and the package that each needs."""
+
+
+def why_not(to: str) -> str | None:
+    """The reason why steps cannot be written to this, or None.
+
+    Example:
+        >>> why_not("log"), why_not("steps.jsonl")
+        (None, None)
+    """
+    if to == "log" or to.endswith(".jsonl"):
+        return None
+    if to not in PACKAGES:
+        known = ", ".join(map(repr, ("log", *PACKAGES)))
+        return f"steps cannot be written to {to!r}. Use {known}, or the path of a file that ends with .jsonl."
+    if importlib.util.find_spec(PACKAGES[to]) is None:
+        return f"{to!r} needs the package {PACKAGES[to]}, which is not installed: pip install {PACKAGES[to]}."
+    return None
+
+
+def write(to: str, step: Step) -> None:
+    """Write a step."""
+    if to == "log":
+        LOGGER.info("%s", step)
+    elif to.endswith(".jsonl"):
+        with Path(to).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step.to_dict()) + "\n")
+    else:
+        _writer(to)(step)
+
+
+@cache
+def _writer(to: str) -> Callable[[Step], None]:
+    if to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board: Any = SummaryWriter()
+
+        def to_board(step: Step) -> None:
+            for name, value in step.numbers().items():
+                board.add_scalar(f"gptoss_opt/{name}", value, step.number)
+
+        return to_board
+    module: Any = importlib.import_module(to)
+    if to == "wandb":
+        return lambda step: module.log({f"gptoss_opt/{k}": v for k, v in step.numbers().items()})
+    return lambda step: module.log_metrics({f"gptoss_opt/{k}": v for k, v in step.numbers().items()}, step=step.number)

@@ -1,0 +1,102 @@
+"""`with_monitor`: one of every few forwards is measured, and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..core import Attachment, Host, Phase, Report, Wrapper, takes_model
+from ..core.record import record_of
+from ..model.host import GPT_OSS
+from ..monitoring.monitor import Monitor
+from ..monitoring.outputs import why_not
+
+MONITORED = "who measures forwards"
+"""A slot of a model: see `Wrapper`."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WithMonitor(Wrapper):
+    """What `with_monitor` builds. Options: `every`, `to`."""
+
+    every: int = 10
+    to: tuple[str, ...] = ("log",)
+
+    name: ClassVar[str] = "with_monitor"
+    phase: ClassVar[Phase] = Phase.OBSERVE
+    host: ClassVar[Host] = GPT_OSS
+    claims: ClassVar[tuple[str, ...]] = (MONITORED,)
+
+    def __post_init__(self) -> None:
+        if type(self.every) is not int or self.every < 1:
+            raise ValueError(f"{self.name}: every is {self.every!r}. Give a whole number from 1 up.")
+        if not isinstance(self.to, tuple) or not all(isinstance(one, str) for one in self.to):
+            raise ValueError(f"{self.name}: to is {self.to!r}. Give names, such as to=('log', 'steps.jsonl').")
+        for one in self.to:
+            if reason := why_not(one):
+                raise ValueError(f"{self.name}: {reason}")
+
+    def check(self, model: nn.Module) -> Iterable[str]:
+        return ()
+
+    def attach(self, model: nn.Module, journal: Attachment) -> Report:
+        if journal.state is None:
+            journal.state = Monitor(self.every, self.to)
+        journal.state.every, journal.state.to = self.every, self.to
+        journal.around(model, "", monitored, journal.state)
+        where = f"; written to {', '.join(self.to)}" if self.to else ""
+        return Report((f"one of {self.every} forwards is measured{where}",))
+
+
+def monitored(monitor: Monitor, model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward of the model, measured if it is its turn."""
+    return monitor.forward(model, inner, args, kwargs)
+
+
+@takes_model
+def with_monitor(*, every: int = 10, to: tuple[str, ...] = ("log",)) -> WithMonitor:
+    """Measure one of every few forwards: where its time goes, memory, loss, and how the experts are used.
+
+    Changes no number, and nothing of the forwards between. A measured one has hooks on attention, experts and routers
+    for as long as it runs, and on a GPU waits for each part. Before it is measured, what each wrapper set on the model
+    is looked at: where something else would compute, it is an error. `monitor_of(model)` has the steps, a `report()`
+    and a `plot()`.
+
+    Args:
+        model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a
+            wrapper to give to `compose` or `load`.
+        every: how many forwards there are from one that is measured to the next.
+        to: where steps are written: "log" (the logger "gptoss_opt"), the path of a .jsonl file, "tensorboard",
+            "wandb", "mlflow". Of several ranks the first writes.
+
+    Raises:
+        CompatibilityError: not a GPT-OSS model, or already compiled; in a forward, if what a wrapper set was changed.
+        ValueError: `every` or `to` cannot be.
+
+    Example:
+        >>> model = with_monitor(model, every=2)
+        >>> for _ in range(3):
+        ...     loss = model(input_ids, labels=input_ids).loss
+        >>> [step.number for step in monitor_of(model).steps]
+        [1, 3]
+    """
+    return WithMonitor(every=every, to=to)
+
+
+def monitor_of(model: nn.Module) -> Monitor:
+    """The monitor on a model.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> monitor_of(with_monitor(model)).calls
+        0
+    """
+    for applied in record_of(model).applied:
+        if isinstance(applied.state, Monitor):
+            return applied.state
+    raise ValueError("there is no monitor on this model. Apply with_monitor(model) first.")
