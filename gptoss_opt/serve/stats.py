@@ -55,6 +55,28 @@ class Stats:
     def __str__(self) -> str:
         return "\n".join(f"{one.name:<22} {_shown(getattr(self, one.name))}" for one in fields(self))
 
+    def prometheus(self) -> str:
+        """All numbers in Prometheus' text format, version 0.0.4.
+
+        Names begin with `gptoss_opt_`. Percentiles are quantiles of summaries, in seconds; what only grows is a counter.
+        """
+        lines: list[str] = []
+        for one in fields(self):
+            value, name = getattr(self, one.name), f"gptoss_opt_{one.name}"
+            if isinstance(value, str):
+                continue
+            if isinstance(value, dict):
+                name += "_seconds"
+                lines.append(f"# TYPE {name} summary")
+                lines += [f'{name}{{quantile="{percent / 100:g}"}} {seconds:g}' for percent, seconds in value.items()]
+                continue
+            lines += [f"# TYPE {name} {'counter' if one.name in COUNTERS else 'gauge'}", f"{name} {value}"]
+        return "\n".join(lines) + "\n"
+
+
+COUNTERS = {"finished", "tokens_in", "tokens_out", "num_steps", "prefix_tokens", "preemptions"}
+"""What only grows."""
+
 
 def _shown(value: object) -> str:
     if isinstance(value, dict):

@@ -427,6 +427,15 @@ def test_stats(serve: Serve, prompts: Prompts) -> None:
     assert set(stats.time_to_first_token) == set(stats.time_between_tokens) == {50, 90, 99}
     assert stats.cuda_graphs == "none: the model is on cpu"
     assert "preemptions" in str(stats)
+    lines = stats.prometheus().splitlines()
+    told = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+    assert told["gptoss_opt_tokens_out"] == stats.tokens_out
+    assert told['gptoss_opt_time_to_first_token_seconds{quantile="0.5"}'] == pytest.approx(
+        stats.time_to_first_token[50]
+    )
+    assert "# TYPE gptoss_opt_tokens_out counter" in lines
+    assert "# TYPE gptoss_opt_running gauge" in lines
+    assert len(told) == len({line.split()[2] for line in lines if line[0] == "#"}) + 4  # three quantiles, twice
 
 
 def test_bytes_of_pages_follow_the_formula(serve: Serve) -> None:
