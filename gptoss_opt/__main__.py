@@ -2,7 +2,12 @@
 
 import sys
 
-from .cli import main
+STOPPED = 130
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from .cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # while all is imported
+        sys.exit(STOPPED)

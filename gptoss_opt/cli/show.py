@@ -48,7 +48,7 @@ def written(value: Any) -> str:
     """A value as Python writes it, texts in double quotes."""
     if isinstance(value, list):
         return f"[{', '.join(map(written, value))}]"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def answer(found: Any, lines: Iterable[str], tables: Iterable[Table], more: Iterable[str], as_json: bool) -> None:

@@ -18,7 +18,7 @@ def code_of(target: Target, hardware: Hardware, option: Option, *, memory_map: b
     """Python that does what an option says, and runs as it stands; a model that is there is called `model`."""
     wrappers = [repr(wrapper) for wrapper in option.stack]
     imported = {wrapper.name for wrapper in option.stack}
-    spread = option.held.ranks > 1
+    spread = hardware.count > 1
     imported |= {"init_distributed"} if spread else set()
     lines = ["init_distributed()  # joins the processes that torchrun started"] if spread else []
     if target.source is None:
@@ -26,18 +26,19 @@ def code_of(target: Target, hardware: Hardware, option: Option, *, memory_map: b
         lines.append(_call("compose", wrappers) + "(model)")
     else:
         imported.add("load")
-        arguments = [json.dumps(target.source), *wrappers]
+        arguments = [json.dumps(target.source, ensure_ascii=False), *wrappers]
         if hardware.device.kind == "cuda":
             arguments.append('device="cuda"')
         if memory_map:
             arguments.append("memory_map=True")
         lines.append(_call("load", arguments))
-    lines += _after(option, imported)
-    names = sorted(imported)
+    lines += _after(hardware, option, imported)
+    names = sorted(imported - {"torch"})
     line = f"from gptoss_opt import {', '.join(names)}"
     if len(line) > WIDTH:
         line = "\n".join(["from gptoss_opt import (", *(f"    {name}," for name in names), ")"])
-    return "\n".join([line, "", *lines, ""])
+    torch = ["import torch", ""] if "torch" in imported else []
+    return "\n".join([*torch, line, "", *lines, ""])
 
 
 def _call(function: str, arguments: list[str]) -> str:
@@ -48,7 +49,7 @@ def _call(function: str, arguments: list[str]) -> str:
     )
 
 
-def _after(option: Option, imported: set[str]) -> list[str]:
+def _after(hardware: Hardware, option: Option, imported: set[str]) -> list[str]:
     work = option.work
     if work.task == "serve":
         imported.add("ContinuousBatcher")
@@ -56,7 +57,10 @@ def _after(option: Option, imported: set[str]) -> list[str]:
     if not work.trains:
         return []
     again = [f'model.{CHECKPOINTING}({{"use_reentrant": False}})'] if work.checkpointing and work.task == "lora" else []
-    return ["model.train()", *again]
+    alone = hardware.count > option.held.ranks == 1
+    imported |= {"torch"} if alone else set()
+    parallel = ["model = torch.nn.parallel.DistributedDataParallel(model)"] if alone else []
+    return ["model.train()", *again, *parallel]
 
 
 def launch_of(hardware: Hardware, option: Option) -> str | None:

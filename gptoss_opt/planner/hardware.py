@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -17,6 +18,8 @@ from .cards import CARDS, Card
 
 CPU_BANDWIDTH, CPU_FLOPS = 40e9, 500e9
 """What is assumed of a CPU that is described: bytes and operations of bfloat16 a second."""
+MOST = 1_000_000
+"""Of devices, of nodes, and of GB."""
 READ, PRODUCT = 1 << 28, 1024
 """How many bytes are read, and how wide matrices are, to measure a CPU."""
 USABLE = {"cpu": 0.92, "cuda": 0.98}
@@ -109,9 +112,12 @@ def described(text: str) -> Hardware:
         >>> described("4xA100-40GB").count, described("cpu:24GB").device.memory
         (4, 24000000000)
     """
+    if not isinstance(text, str):
+        raise HardwareError(f"hardware is {text!r}. Describe it in words: {FORMS}.")
     whole = " ".join(text.split())
     if nodes := _NODES.fullmatch(whole):
-        node, count = described(nodes["node"]), _positive(nodes["nodes"], text)
+        nested = _NODES.fullmatch(nodes["node"])
+        node, count = described("cpu:1GB" if nested else nodes["node"]), _positive(nodes["nodes"], text)
         if node.device.kind == "cpu" or node.nodes > 1:
             raise HardwareError(f"{text!r} describes nodes of something else than GPUs. Known forms are {FORMS}.")
         return Hardware(node.device, node.per_node, count)
@@ -127,16 +133,33 @@ def described(text: str) -> Hardware:
 
 
 def _positive(number: str, text: str) -> int:
-    if int(number) < 1:
-        raise HardwareError(f"{text!r} has {number} devices or nodes, and there must be one at least.")
+    if len(number) > len(str(MOST)) or not 1 <= int(number) <= MOST:
+        raise HardwareError(
+            f"{_short(text)} has {_short(number)} devices or nodes: there must be one at least, of {MOST}."
+        )
     return int(number)
 
 
+def _short(text: str) -> str:
+    return repr(text if len(text) < 60 else f"{text[:50]} ...")
+
+
+def machine_of(hardware: str | Hardware | None) -> Hardware:
+    """The machine that an argument means: this one, one in words, or one that is there.
+
+    Raises:
+        HardwareError: it means none.
+    """
+    if isinstance(hardware, Hardware):
+        return hardware
+    return detected() if hardware is None else described(hardware)
+
+
 def _bytes(size: re.Match[str], text: str) -> int:
-    count = round(float(size["gigabytes"]) * 1e9)
-    if count < 1:
-        raise HardwareError(f"{text!r} has no memory.")
-    return count
+    gigabytes = float(size["gigabytes"]) if len(size["gigabytes"]) < 20 else math.inf
+    if not 1e-9 <= gigabytes <= MOST:
+        raise HardwareError(f"{_short(text)} has no memory, or more than {MOST:,} GB.")
+    return round(gigabytes * 1e9)
 
 
 def _gpu(card: str, text: str) -> Device:

@@ -27,8 +27,6 @@ from .hardware import Device
 from .parameters import Parameters
 from .workload import Workload
 
-ITEMSIZE = 2
-"""The bytes of an activation, in bfloat16."""
 PROCESS = {"cpu": 60_000_000, "cuda": 600_000_000}
 """What a process takes for itself: threads' buffers; on a GPU what CUDA and its libraries keep (measured: 0.5 GB)."""
 TRAINING = 100_000_000
@@ -96,25 +94,29 @@ def memory_of(config: Any, held: Parameters, stack: Stack, work: Workload, devic
         >>> memory_of(model.config, parameters_of(model, stack), stack, Workload(), device).gradients
         0
     """
-    names = {wrapper.name for wrapper in stack}
+    names, size = {wrapper.name for wrapper in stack}, held.itemsize
     trained = held.trainable if work.task == "lora" else held.dense if work.task == "full" else {}
-    gradients = sum(count * size for size, count in trained.items())
+    gradients = sum(count * each for each, count in trained.items())
     state = OPTIMIZERS[work.optimizer]
     values = 1 if state.factored else state.values  # what rows and columns take is next to nothing
-    optimizer = 0 if state.factored else sum(n * values * (state.value_bytes or size) for size, n in trained.items())
-    cache = {} if work.trains else cache_bytes(config, context=work.context, batch=work.batch, share=held.heads)
+    optimizer = 0 if state.factored else sum(n * values * (state.value_bytes or each) for each, n in trained.items())
+    cache = (
+        {}
+        if work.trains
+        else cache_bytes(config, context=work.context, batch=work.batch, itemsize=size, share=held.heads)
+    )
     activations = round(work.tokens * _per_token(config, held, work))
     words = round(config.vocab_size * held.words)
     if not work.trains:
-        logits = work.batch * words * (ITEMSIZE + 4)
+        logits = work.batch * words * (size + 4)
     elif "with_chunked_loss" in names:
         num_trained = words * config.hidden_size if work.task == "full" else 0
-        logits = min(work.tokens, rows_of_chunk(words, num_trained, ITEMSIZE)) * words * ITEMSIZE
+        logits = min(work.tokens, rows_of_chunk(words, num_trained, size)) * words * size
         # With the sum of the head's gradient, in float32, and what it becomes: before there are other gradients.
         logits = max(0, logits + num_trained * 6 - gradients)
     else:
         logits = work.tokens * words * WHOLE_LOGITS
-    buffers = 2 * work.tokens * config.hidden_size * ITEMSIZE if held.ranks > 1 else 0
+    buffers = 2 * work.tokens * config.hidden_size * size if held.ranks > 1 else 0
     moving = activations + logits + buffers + gradients + sum(cache.values())
     overhead = PROCESS[device.kind] + TRAINING * work.trains
     overhead += round(FRAGMENTS * moving) if device.kind == "cuda" else 0
@@ -123,14 +125,15 @@ def memory_of(config: Any, held: Parameters, stack: Stack, work: Workload, devic
 
 def _per_token(config: Any, held: Parameters, work: Workload) -> float:
     """Bytes of activations for each token of a forward."""
-    hidden, top_k, heads = config.hidden_size, config.num_experts_per_tok, config.num_attention_heads * held.heads
+    size, hidden, top_k = held.itemsize, config.hidden_size, config.num_experts_per_tok
+    heads = config.num_attention_heads * held.heads
     queries, keys = heads * config.head_dim, config.num_key_value_heads * config.head_dim * held.heads
     inner = config.intermediate_size * held.inner
-    rows = top_k * ITEMSIZE * (2 * hidden + 3 * inner)
+    rows = top_k * size * (2 * hidden + 3 * inner)
     if not work.trains:
-        return float(rows + 4 * ITEMSIZE * hidden)
+        return float(rows + 4 * size * hidden)
     norms, inputs = (4, 2) if work.task == "full" else (2, 1)
-    attention = ITEMSIZE * (2 * queries + 2 * keys + inputs * hidden) + 4 * heads
+    attention = size * (2 * queries + 2 * keys + inputs * hidden) + 4 * heads
     kept = attention + 4 * norms * hidden + rows
     at_work, layers = 2 * rows, config.num_hidden_layers
-    return float(at_work + (layers * ITEMSIZE * hidden + kept if work.checkpointing else layers * kept))
+    return float(at_work + (layers * size * hidden + kept if work.checkpointing else layers * kept))

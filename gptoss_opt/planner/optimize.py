@@ -9,8 +9,9 @@ from torch import distributed
 
 from ..checkpoint import load
 from ..distributed import init_distributed
-from .hardware import Hardware, detected
+from .hardware import Hardware, machine_of
 from .plan import Plan, plan
+from .target import PLACEHOLDER
 from .workload import Objective, Task
 
 
@@ -21,7 +22,7 @@ class PlanError(RuntimeError):
 def optimize(
     model: Any,
     *,
-    hardware: Hardware | None = None,
+    hardware: str | Hardware | None = None,
     task: Task = "generate",
     context: int = 4096,
     batch: int = 1,
@@ -32,7 +33,7 @@ def optimize(
     Args:
         model: a model, which is wrapped and returned; or a folder or a name on the hub, which is loaded. "20b" and
             "120b" are the released ones on the hub.
-        hardware: this machine as `detected()` gives it, if it is left out.
+        hardware: as `plan` takes it: what this machine is planned as, if not as it is found.
         task, context, batch, objective: see `plan`.
 
     Raises:
@@ -46,8 +47,10 @@ def optimize(
         >>> model.plan.fits
         True
     """
-    machine = detected() if hardware is None else hardware
+    machine = machine_of(hardware)
     found = plan(model, hardware=machine, task=task, context=context, batch=batch, objective=objective)
+    if found.source == PLACEHOLDER:
+        raise PlanError("a config has no weights to load. Give the folder or the name of a checkpoint, or a model.")
     if not found.fits:
         raise PlanError(" ".join([found.verdict, *(f"To make it fit: {one}." for one in found.to_fit)]))
     if machine.count > 1:

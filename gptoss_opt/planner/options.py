@@ -6,7 +6,7 @@ They come in the order in which they are preferred: what gives up least is first
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..core import CompatibilityError, Stack, Wrapper, compose
@@ -66,8 +66,8 @@ def options(target: Target, hardware: Hardware, work: Workload) -> Iterator[Opti
     problem, found = None, False
     for placement in placements(hardware):
         for wrappers, settled, gives_up in _ways(target, hardware, work):
-            stack = compose(*wrappers, *placement)
             try:
+                stack = _on(target, (*wrappers, *placement))
                 held = target.held(stack)
             except (LayoutError, CompatibilityError, ValueError) as error:
                 problem = error
@@ -76,6 +76,14 @@ def options(target: Target, hardware: Hardware, work: Workload) -> Iterator[Opti
             yield measured(target, hardware, stack, settled, held, gives_up)
     if not found:
         raise LayoutError(f"there is no way to lay this model out on {hardware}: {problem}") from problem
+
+
+def _on(target: Target, wrappers: Sequence[Wrapper]) -> Stack:
+    """A stack of wrappers, with those that are on the model already as they are. Raises `CompatibilityError`."""
+    already = target.already
+    names = {wrapper.name for wrapper in wrappers}
+    kept = [wrapper for name, wrapper in already.items() if name not in names]
+    return compose(*(already.get(wrapper.name, wrapper) for wrapper in wrappers), *kept)
 
 
 def measured(
@@ -96,11 +104,13 @@ def placements(hardware: Hardware) -> list[tuple[Wrapper, ...]]:
     """
     found: list[tuple[Wrapper, ...]] = []
     for degree in dict.fromkeys((hardware.per_node, hardware.count)):
-        if degree > 1:
+        if degree == 1:
+            found.append(())
+        else:
             tensor, experts = shard_tensor_parallel(degree=degree), shard_experts(degree=degree)
             both = [(tensor, experts), (tensor,)] if degree >= EXPERTS_FROM else [(tensor,), (tensor, experts)]
             found += [*both, (experts,)]
-    return [*found, ()]
+    return found if () in found else [*found, ()]
 
 
 def _ways(

@@ -52,6 +52,11 @@ class Parameters:
     ranks: int = 1
 
     @property
+    def itemsize(self) -> int:
+        """The bytes of most values that are not packed, and so of activations."""
+        return max(self.dense, key=lambda size: self.dense[size], default=2)
+
+    @property
     def num_bytes(self) -> int:
         """All weights, in bytes."""
         return sum(self.weights.values())

@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core import Stack
+from ..kernels.triton import MIN_CAPABILITY
 from ..layout import LayoutError
 from ..table import Table
-from .cards import CARDS
+from .cards import CARDS, Card
 from .code import code_of, launch_of
-from .hardware import Hardware, described, detected
+from .hardware import Hardware, described, machine_of
 from .memory import Memory
 from .options import Option, most, options
 from .reasons import reasons_for, written
 from .speed import Rate
-from .target import Target, target_of
+from .target import PLACEHOLDER, Target, target_of
 from .workload import Objective, Task, Workload
 
 OBJECTIVES = ("fit", "latency", "throughput")
@@ -27,7 +28,7 @@ TIGHT = 0.85
 """From this part of a CPU's memory on, weights are mapped from their files, so that the system can drop them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What `plan` found: prints as tables, shows as HTML in a notebook, and holds the facts.
 
@@ -85,6 +86,8 @@ class Plan:
 
     def hours(self, tokens: float) -> float:
         """How long training on so many tokens takes. Raises `ValueError` where nothing is trained."""
+        if not 0 <= tokens < float("inf"):
+            raise ValueError(f"tokens is {tokens}. Give a number from 0 up.")
         if "training" not in self.speed:
             raise ValueError(f"the task is {self.work.task!r}, which trains nothing. Plan with task='lora' or 'full'.")
         return tokens / self.speed["training"].tokens_per_second / 3600
@@ -200,7 +203,7 @@ def plan(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}. Use one of {', '.join(map(repr, OBJECTIVES))}.")
     work = Workload(task, context, batch)
-    machine = hardware if isinstance(hardware, Hardware) else detected() if hardware is None else described(hardware)
+    machine = machine_of(hardware)
     target = target_of(model)
     option = chosen(target, machine, work, objective)
     return _plan_of(target, machine, option, work)
@@ -250,12 +253,17 @@ def _warnings(target: Target, hardware: Hardware, option: Option, mapped: bool) 
     found = list(option.gives_up)
     if mapped:
         found.append("the weights are mapped from their files, so that the system can drop and read them again")
+    if hardware.device.capability is not None and hardware.device.capability < MIN_CAPABILITY:
+        least = ".".join(map(str, MIN_CAPABILITY))
+        found.append(f"kernels for packed experts need compute capability {least}: here torch decodes them, far slower")
+    if target.source == PLACEHOLDER:
+        found.append(f"{PLACEHOLDER} in the code stands for the checkpoint")
     if option.work.context > (limit := target.config.max_position_embeddings):
         found.append(f"the model was made for {limit:,} tokens, fewer than the context of {option.work.context:,}")
     replicas = hardware.count // option.held.ranks
     if replicas > 1:
-        how = "data parallel" if option.work.trains else "each with requests of its own"
-        found.append(f"{replicas} groups of {option.held.ranks} device(s) each hold the model, {how}")
+        how = "for rows of its own" if option.work.trains else "for requests of its own"
+        found.append(f"{replicas} groups of {option.held.ranks} device(s) hold the model, each {how} (data parallel)")
     return found
 
 
@@ -265,10 +273,9 @@ def _to_fit(target: Target, hardware: Hardware, option: Option, asked: Workload)
 
     def fits(machine: Hardware, work: Workload) -> bool:
         try:
-            best = chosen(target, machine, work, "fit")
+            return any(one.memory.num_bytes <= machine.device.usable for one in options(target, machine, work))
         except LayoutError:
             return False
-        return best.memory.num_bytes <= machine.device.usable
 
     if context := most(target, hardware, option, "context"):
         found.append(f"context={context} instead of {asked.context:,}")
@@ -284,11 +291,29 @@ def _to_fit(target: Target, hardware: Hardware, option: Option, asked: Workload)
         if more.per_node <= 8 and fits(more, asked):
             found.append(f"{more.count} of these devices instead of {hardware.count}")
             break
-    larger = sorted({card.gigabytes for card in CARDS.values() if card.gigabytes * 1e9 > hardware.device.memory})
-    for size in larger:
-        device = replace(hardware.device, memory=size * 10**9)
-        if fits(replace(hardware, device=device), asked):
-            names = [name for name, card in CARDS.items() if card.gigabytes == size]
-            found.append(f"devices of {size} GB, such as {names[0]}")
-            break
+    better = [card for card in CARDS.values() if card.gigabytes * 1e9 > hardware.device.memory and _served(card)]
+    sizes = sorted({card.gigabytes for card in better})
+
+    def of(size: int, count: int) -> Hardware:
+        return replace(hardware, device=replace(hardware.device, memory=size * 10**9), per_node=count)
+
+    if size := next((size for size in sizes if fits(of(size, hardware.per_node), asked)), None):
+        found.append(f"devices of {size} GB, such as {_name(size)}")
+    if found:
+        return found
+    # Nothing alone is enough: more devices, and larger ones, and less to train.
+    tasks: list[Task] = ["full", "lora"] if asked.task == "full" else [asked.task]
+    for task in tasks:
+        for count in (hardware.per_node, 8):
+            if size := next((size for size in sizes if fits(of(size, count), replace(asked, task=task))), None):
+                less = f", and task={task!r}" if task != asked.task else ""
+                return [f"{count * hardware.nodes} devices of {size} GB, such as {_name(size)}{less}"]
     return found
+
+
+def _served(card: Card) -> bool:
+    return card.capability >= MIN_CAPABILITY
+
+
+def _name(size: int) -> str:
+    return next(name for name, card in CARDS.items() if card.gigabytes == size and _served(card))

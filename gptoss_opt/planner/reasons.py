@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..core.spec import WRAPPERS
+from ..kernels.mxfp4 import BLOCK
 from .hardware import Hardware
 from .options import EXPERTS_FROM, Option
 from .target import Target
@@ -33,6 +34,9 @@ def reasons_for(target: Target, hardware: Hardware, option: Option) -> dict[str,
     case = Case(target, hardware, option)
     found = {}
     for name in sorted(WRAPPERS):
+        if name in target.already:
+            found[name] = "it is on the model already"
+            continue
         taken, left = REASONS.get(name, (_of_your_own, _of_your_own))
         found[name] = (taken if name in case.names else left)(case)
     return found
@@ -62,9 +66,10 @@ def _packed(case: Case) -> str:
 def _not_packed(case: Case) -> str:
     if case.option.work.task == "full":
         return "all parameters are trained, and packed weights take no gradient"
-    return (
-        f"the checkpoint is dense and fits: its experts, {written(_experts_bytes(case.target.config, 16))}, stay exact"
-    )
+    config = case.target.config
+    if odd := [size for size in (config.hidden_size, config.intermediate_size) if size % BLOCK]:
+        return f"MXFP4 packs rows of a multiple of {BLOCK} values, and here are rows of {odd[0]}"
+    return f"the checkpoint is dense: its experts, {written(_experts_bytes(config, 16))}, stay exact"
 
 
 def _no_fast_experts(case: Case) -> str:
@@ -98,12 +103,19 @@ def _not_spread(case: Case) -> str:
 
 def _placed(case: Case) -> str:
     count, ranks = case.target.config.num_local_experts, case.option.held.ranks
+    if "shard_tensor_parallel" not in case.names:
+        heads = case.target.config.num_key_value_heads
+        return f"{count} experts are placed whole on {ranks} devices, which cannot share {heads} key heads evenly"
+    if ranks < EXPERTS_FROM:
+        return f"{count} experts are placed whole on {ranks} devices, which is faster for this batch, or takes less"
     return f"from {EXPERTS_FROM} devices on experts are placed whole, here {count} on {ranks}: slices would be thin"
 
 
 def _not_placed(case: Case) -> str:
     if case.option.held.ranks == 1:
         return _not_spread(case)
+    if case.option.held.ranks >= EXPERTS_FROM:
+        return "each device holds a slice of every expert, so that all of them hold and do as much"
     return f"{case.option.held.ranks} devices: slices of each expert are wide enough, and all devices work alike"
 
 

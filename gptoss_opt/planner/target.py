@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint
-from ..core import CompatibilityError, Phase, Stack, layout_of, stack_of
+from ..core import CompatibilityError, Phase, Stack, Wrapper, layout_of, stack_of
 from ..core.record import wrapped_model
 from ..layout import MXFP4
 from ..model.build import RELEASED, build, is_config
+from ..model.host import GPT_OSS
 from .parameters import Parameters, parameters_of
 
+PLACEHOLDER = "PATH"
+"""Stands in code for the checkpoint of a config."""
 RELEASED_AT = {size: f"openai/gpt-oss-{size}" for size in RELEASED}
 """Their names on the hub."""
 
@@ -38,6 +41,11 @@ class Target:
     source: str | None
     _known: dict[Stack, Parameters] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def already(self) -> dict[str, Wrapper]:
+        """The wrappers that are on a model that is there, by name."""
+        return {wrapper.name: wrapper for wrapper in stack_of(self.model)} if self.source is None else {}
+
     def held(self, stack: Stack) -> Parameters:
         """What the fullest rank holds in the layout of a stack.
 
@@ -46,7 +54,7 @@ class Target:
             LayoutError, ValueError: see `parameters_of`.
         """
         if stack not in self._known:
-            alone = [wrapper for wrapper in stack if wrapper.phase != Phase.PARALLEL]
+            alone = [one for one in stack if one.phase != Phase.PARALLEL and one.name not in self.already]
             problems = [f"{wrapper.name}: {problem}" for wrapper in alone for problem in wrapper.check(self.model)]
             if problems:
                 raise CompatibilityError(problems)
@@ -67,10 +75,14 @@ def target_of(model: Any) -> Target:
     """
     if isinstance(model, nn.Module):
         inner = wrapped_model(model)
+        if reason := GPT_OSS.why_not(inner):
+            raise CompatibilityError([f"plan: {reason}"])
         packed = bool(len(stack_of(inner))) and MXFP4.name in layout_of(inner).storages.values()
         return Target(getattr(inner, "config", None), inner, packed, None)
     if is_config(model):
-        return _of_config(model, _is_packed(model), "PATH")
+        if getattr(model, "model_type", None) != "gpt_oss":
+            raise CompatibilityError([f"plan: the config is of {getattr(model, 'model_type', 'no')!r}, not 'gpt_oss'."])
+        return _of_config(model, _is_packed(model), PLACEHOLDER)
     if isinstance(model, str) and model in RELEASED:
         return _of_config(RELEASED[model], True, RELEASED_AT[model])
     if isinstance(model, str | os.PathLike):

@@ -10,6 +10,9 @@ Objective = Literal["fit", "latency", "throughput"]
 MAX_BATCH_TOKENS = 2048
 """How many tokens a step of `ContinuousBatcher` computes, if nothing else is asked for."""
 
+MOST = 1_000_000_000
+"""Tokens and sequences."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -34,8 +37,9 @@ class Workload:
             raise ValueError(f"task is {self.task!r}. Use one of {', '.join(map(repr, get_args(Task)))}.")
         for name in ("context", "batch"):
             number = getattr(self, name)
-            if type(number) is not int or number < 1:
-                raise ValueError(f"{name} is {number!r}. Give a whole number from 1 up.")
+            if type(number) is not int or not 1 <= number <= MOST:
+                said = repr(number) if not isinstance(number, int) or number < MOST else "too large"
+                raise ValueError(f"{name} is {said}. Give a whole number from 1 up, to {MOST:,}.")
 
     @property
     def trains(self) -> bool:

@@ -58,7 +58,7 @@ class Stats:
     def prometheus(self) -> str:
         """All numbers in Prometheus' text format, version 0.0.4.
 
-        Names begin with `gptoss_opt_`. Percentiles are quantiles of summaries, in seconds; what only grows is a counter.
+        Names begin with `gptoss_opt_`. Percentiles are quantiles, in seconds; what only grows is a counter.
         """
         lines: list[str] = []
         for one in fields(self):
