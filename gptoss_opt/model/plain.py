@@ -54,8 +54,7 @@ def plain_attention(module: Any, hidden: Tensor, places: tuple[Tensor, Tensor], 
     state = {"sinks": module.sinks.detach()}
     for name in LINEARS:
         linear = getattr(module, name)
-        weight, change = linear.weight.detach().to(hidden.dtype), change_of(linear)
-        state[f"{name}.weight"] = weight if change is None else weight + change.delta().detach().to(hidden.dtype)
+        state[f"{name}.weight"] = _weight(linear, hidden.dtype)
         if linear.bias is not None:
             state[f"{name}.bias"] = linear.bias.detach()
     plain.load_state_dict({name: tensor.to(hidden.dtype) for name, tensor in state.items()}, assign=True)
@@ -63,6 +62,31 @@ def plain_attention(module: Any, hidden: Tensor, places: tuple[Tensor, Tensor], 
     cos, sin = (one.to(hidden.dtype) for one in places)
     out: Tensor = plain.eval()(hidden, position_embeddings=(cos, sin), attention_mask=mask)[0]
     return out
+
+
+def _weight(linear: Any, dtype: torch.dtype) -> Tensor:
+    """The weight of a linear layer with its adapters, ours or peft's, in a dtype."""
+    weight: Tensor = getattr(linear, "base_layer", linear).weight.detach().to(dtype)
+    if (change := change_of(linear)) is not None:
+        weight = weight + change.delta().detach().to(dtype)
+    if hasattr(linear, "get_delta_weight") and not linear.merged and not linear.disable_adapters:
+        for name in linear.active_adapters:
+            weight = weight + linear.get_delta_weight(name).detach().to(dtype)
+    return weight
+
+
+def plain_norm(module: Any, hidden: Tensor) -> Tensor:
+    """What a norm gives for hidden states, in their dtype."""
+    scaled = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+    normed: Tensor = module.weight.detach().to(hidden.dtype) * scaled
+    return normed
+
+
+def plain_rotary(module: Any, places: Tensor) -> Tensor:
+    """Cosines and sines of positions, one behind the other, in the dtype of the positions."""
+    angles = places[..., None] * module.inv_freq.to(places.dtype)
+    scaling: float = module.attention_scaling
+    return torch.cat([angles.cos(), angles.sin()], -1) * scaling
 
 
 def plain_router(module: Any, hidden: Tensor) -> Tensor:

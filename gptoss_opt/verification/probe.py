@@ -18,6 +18,9 @@ class Call(NamedTuple):
     out: Any
 
 
+PLAIN_OUTPUT = {"return_dict": True, "output_router_logits": False}
+"""Whatever the config says."""
+
 Calls = dict[nn.Module, list[Call]]
 
 
@@ -29,7 +32,8 @@ def recording(modules: list[nn.Module]) -> Iterator[Calls]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         calls[module].append(Call(args, dict(kwargs), out))
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    # Before the user's own hooks, which may change what a module gives.
+    handles = [module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module in modules]
     try:
         yield calls
     finally:
@@ -63,7 +67,7 @@ def implementation(config: Any, name: str, value: str) -> Iterator[None]:
 @torch.no_grad()
 def run_whole(model: Any, tokens: Tensor, seen: Tensor) -> None:
     """One forward of all tokens."""
-    model(tokens, attention_mask=seen.long(), position_ids=positions(seen), use_cache=False)
+    model(tokens, attention_mask=seen.long(), position_ids=positions(seen), use_cache=False, **PLAIN_OUTPUT)
 
 
 @torch.no_grad()
@@ -78,6 +82,7 @@ def run_in_steps(model: Any, tokens: Tensor, seen: Tensor, steps: int) -> Tensor
             position_ids=places[:, begin:end],
             past_key_values=cache,
             use_cache=True,
+            **PLAIN_OUTPUT,
         )
         cache = out.past_key_values
         logits.append(out.logits[:, -1:])

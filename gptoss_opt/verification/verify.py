@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,8 @@ from ..kernels.attention import BACKENDS as ATTENTION_BACKENDS
 from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, PackedWeights
 from ..model.attention import KEY, attention_request
 from ..model.experts import experts_request, weights_held
-from ..model.plain import plain_attention, plain_experts, plain_head, plain_router
+from ..model.host import GPT_OSS
+from ..model.plain import plain_attention, plain_experts, plain_head, plain_norm, plain_rotary, plain_router
 from ..table import Table
 from .drift import Drift, epsilon, share_of
 from .probe import (
@@ -37,8 +39,10 @@ STEPS = 3
 PADDING = 5
 """How many tokens are decoded on a cache, and how many of the second row are padding."""
 MAX_TOKENS = 512
-SAME_DECODING = 0.05
-"""How far logits may be when the same steps run without anybody listening, as a part of their norm."""
+MAX_DEFAULT = 448
+"""The most tokens of a row, and of a row that is made here."""
+SAME_DECODING = 1e-6
+"""How far logits may be when the same steps run without anybody listening, if not a rounding: a part of their norm."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Verification:
     @property
     def verdict(self) -> str:
         """A sentence."""
-        worst = max(self.drifts, key=lambda drift: drift.share)
+        worst = self.wrong[0] if self.wrong else max(self.drifts, key=lambda drift: drift.share)
         count = len(self.drifts)
         if self.right:
             return (
@@ -102,7 +106,11 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as what JSON can hold."""
-        drifts = [{**vars(drift), "right": drift.right} for drift in self.drifts]
+        # JSON has no infinities.
+        drifts = [
+            {**vars(drift), "share": drift.share if math.isfinite(drift.share) else None, "right": drift.right}
+            for drift in self.drifts
+        ]
         return {"title": self.title, "right": self.right, "verdict": self.verdict, "drifts": drifts}
 
     def __str__(self) -> str:
@@ -120,8 +128,10 @@ def verify(
 ) -> Verification:
     """Compare every part of a wrapped model with a plain eager computation of its weights, on a batch of tokens.
 
-    A self-test for your model on your machine: attention, router, experts and head of every layer get what they get in
-    a forward, and in decoding on a cache, and what they give is compared with plain products in a higher precision.
+    A self-test for your model on your machine: norms, attention, router and experts of every layer, the rotary
+    embedding and the head get what they get in a forward, attention and experts in decoding on a cache too, and what
+    they give is compared with plain products in a higher precision. Layers that decode in a few calls must give what
+    they give part by part.
     Allowed is a small multiple of the error that plain computations in the model's own dtype have. Every other backend
     that claims to serve here is tried as well. Nothing is changed; adapters are computed as they are, without dropout.
 
@@ -146,36 +156,57 @@ def verify(
     """
     if against != "eager":
         raise ValueError(f"against is {against!r}. Use 'eager'.")
-    inner: Any = wrapped_model(model)
+    inner = _with_head(model)
     if mesh_of(inner) is not None:
         raise ValueError(
             "verify compares what one process holds, and several hold this model together. Verify a smaller model of "
             "the same wrappers on one device, without shard_tensor_parallel and shard_experts."
         )
-    tokens, seen = _probe(inner, tokens)
-    with in_eval(inner):
+    # Whatever the caller has switched off: gradients are taken here, and no tensor is one of inference alone.
+    with torch.inference_mode(False), torch.no_grad(), in_eval(inner):
+        tokens, seen = _probe(inner, tokens)
         drifts = list(_drifts(inner, tokens, seen, gradients))
     dtype = str(inner.dtype).removeprefix("torch.")
     title = f"{type(inner).__name__}, {len(_layers(inner))} layers in {dtype} on {inner.device}"
     return Verification(tuple(drifts), f"{title}: {tokens.shape[0]} rows of {tokens.shape[1]} tokens")
 
 
+def _with_head(model: Any) -> Any:
+    """The GPT-OSS model with a language head, inside whatever is around it. Raises `ValueError` if there is none."""
+    inside = wrapped_model(model).modules()
+    found = next((one for one in inside if GPT_OSS.why_not(one) is None and hasattr(one, "lm_head")), None)
+    if found is None:
+        raise ValueError(f"verify takes a GptOssForCausalLM, and this {type(model).__name__} has none inside.")
+    if any(hasattr(layer.mlp.experts, "base_layer") for layer in _layers(found)):
+        raise ValueError(
+            "the experts are adapted by peft (target_parameters), and verify does not know those adapters. Merge them "
+            "first (merge_and_unload()), or load them as with_lora's: load_adapter."
+        )
+    return found
+
+
 def _layers(model: Any) -> list[Any]:
-    return list(model.base_model.layers)
+    return list(model.model.layers)
 
 
 def _probe(model: Any, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     config = model.config
     if tokens is None:
-        length = min(config.sliding_window + config.sliding_window // 2 + 8, config.max_position_embeddings)
-        tokens = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-        seen = torch.ones(tokens.shape, dtype=torch.bool)
+        window = config.sliding_window or MAX_DEFAULT
+        length = min(window + window // 2 + 8, config.max_position_embeddings, MAX_DEFAULT)
+        generator = torch.Generator("cpu").manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (2, length), generator=generator, device="cpu")
+        seen = torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
         seen[1, :PADDING] = False
-    else:
-        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < STEPS + 2:
-            shape = list(tokens.shape)
-            raise ValueError(f"tokens are {tokens.dtype} {shape}. Give int64 [batch, length], {STEPS + 2} at least.")
-        seen = torch.ones(tokens.shape, dtype=torch.bool)
+        return tokens.to(model.device), seen.to(model.device)
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2:
+        kind = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens are {kind}. Give a tensor of int64, [batch, length].")
+    if not len(tokens) or tokens.shape[1] < STEPS + 2:
+        raise ValueError(f"tokens are {list(tokens.shape)}. Give a row at least, of {STEPS + 2} at least.")
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+        raise ValueError(f"tokens are from {int(tokens.min())} to {int(tokens.max())}, of {config.vocab_size} words.")
+    seen = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
     if tokens.shape[1] > MAX_TOKENS and tokens.numel() > 4 * MAX_TOKENS:
         raise ValueError(f"tokens are {list(tokens.shape)}, and all scores of attention are written. Give fewer.")
     return tokens.to(model.device), seen.to(model.device)
@@ -186,22 +217,51 @@ def _drifts(model: Any, tokens: Tensor, seen: Tensor, gradients: bool) -> Iterat
     parts: list[nn.Module] = [
         part for layer in layers for part in (layer.self_attn, layer.mlp.router, layer.mlp.experts)
     ]
-    head = model.get_output_embeddings()
-    with recording([*parts, head]) as whole:
+    norms: list[nn.Module] = [
+        norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+    ]
+    head, rotary, last = model.get_output_embeddings(), model.model.rotary_emb, model.model.norm
+    with recording([*parts, *norms, head, rotary, last]) as whole:
         run_whole(model, tokens, seen)
     with recording(parts) as stepped:
-        listened = run_in_steps(model, tokens, seen, STEPS)
-    alone = run_in_steps(model, tokens, seen, STEPS)
+        run_in_steps(model, tokens, seen, STEPS)
+    # Without padding, and with nobody listening, whole layers are computed in a few calls where that can be.
+    everything = torch.ones_like(seen)
+    with recording(parts):
+        listened = run_in_steps(model, tokens, everything, STEPS)
+    alone = run_in_steps(model, tokens, everything, STEPS)
     attention, experts = _backends(model)
     for number, layer in enumerate(tqdm(layers, desc="verifying", unit="layer", delay=1)):
         yield from _attention(number, layer.self_attn, whole, stepped, seen, attention, gradients)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            yield _normed(number, norm, whole)
         yield from _router(number, layer.mlp.router, whole)
         yield from _experts(number, layer.mlp.experts, whole, stepped, experts, gradients)
     call = whole[head][-1]
     plain: Plain = partial(plain_head, model)
     yield _compared("head", None, _name(model.config, "head"), "forward", call.out, call.args[0], plain)
-    off = float((alone.double() - listened.double()).norm() / listened.double().norm())
-    yield Drift("head", None, "the model as it runs", "decoding", off / SAME_DECODING, "root mean square")
+    yield _normed(None, last, whole)
+    yield _rotated(rotary, whole)
+    off = float((alone.double() - listened.double()).norm() / listened.double().norm().clamp(min=1e-30))
+    allowed = max(SAME_DECODING, epsilon(model.dtype))
+    yield Drift("head", None, "the model as it runs", "decoding", off / allowed, "root mean square")
+
+
+def _normed(layer: int | None, module: Any, whole: Calls) -> Drift:
+    out, hidden = whole[module][-1].out, whole[module][-1].args[0]
+    # In float32 whatever the dtype is, as transformers computes it.
+    low, exact = plain_norm(module, hidden.float()), plain_norm(module, hidden.double())
+    share = share_of(out, low.to(out.dtype), exact, max(epsilon(out.dtype), epsilon(torch.float32)))
+    return Drift("norm", layer, "the model", "forward", *share)
+
+
+def _rotated(module: Any, whole: Calls) -> Drift:
+    call = whole[module][-1]
+    places = call.args[1] if len(call.args) > 1 else call.kwargs["position_ids"]
+    found = torch.cat(call.out, -1)
+    low, exact = (plain_rotary(module, places.to(dtype)) for dtype in (torch.float32, torch.float64))
+    share = share_of(found, low.to(found.dtype), exact, max(epsilon(found.dtype), epsilon(torch.float32)))
+    return Drift("rotary embedding", None, "the model", "forward", *share)
 
 
 def _name(config: Any, part: str) -> str:
@@ -264,8 +324,20 @@ def _attention(
 
 def _router(number: int, module: Any, whole: Calls) -> Iterator[Drift]:
     call = whole[module][-1]
-    logits = first_tensor(call.out)
-    yield _compared("router", number, "the model", "forward", logits, call.args[0], partial(plain_router, module))
+    (logits, weights, chosen), hidden = call.out, call.args[0]
+    plain = partial(plain_router, module)
+    yield _compared("router", number, "the model", "forward", logits, hidden, plain)
+
+    def shares(hidden: Tensor) -> Tensor:
+        return plain(hidden).gather(-1, chosen).softmax(-1)
+
+    yield _compared("router's weights", number, "the model", "forward", weights, hidden, shares)
+    exact, low = plain(hidden.to(_wide(hidden.dtype))), plain(hidden)
+    # A tie may fall otherwise, but not by more than rounding explains.
+    behind = exact.topk(chosen.shape[-1]).values[..., -1] - exact.gather(-1, chosen).amin(-1)
+    allowed = 4 * ((low - exact).abs().amax() + epsilon(hidden.dtype) * exact.abs().amax())
+    share = float(behind.amax().clamp(min=0) / allowed.clamp(min=1e-30))
+    yield Drift("router's choice", number, "the model", "forward", share, "worst value")
 
 
 def _experts(

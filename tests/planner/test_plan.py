@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GptOssConfig
+from transformers import GptOssConfig, LlamaConfig
 
 from gptoss_opt import (
+    CompatibilityError,
     ContinuousBatcher,
     HardwareError,
     PlanError,
@@ -19,6 +20,8 @@ from gptoss_opt import (
     optimize,
     plan,
     stack_of,
+    with_flash_attention,
+    with_lora,
     with_mxfp4_experts,
 )
 from gptoss_opt.core.spec import WRAPPERS
@@ -262,3 +265,109 @@ def test_what_cannot_be_laid_out_is_said() -> None:
 def test_what_cannot_be_packed_stays_dense() -> None:
     config = GptOssConfig(num_hidden_layers=2, num_local_experts=4, hidden_size=80, intermediate_size=48)
     assert PACKED not in names(plan(config, hardware="cpu:24GB"))
+
+
+# Models that are wrapped already, and machines of every kind.
+
+
+@pytest.mark.parametrize("task", ["generate", "lora", "full"])
+def test_optimize_twice(task: Any) -> None:
+    model = optimize(tiny_model(torch.bfloat16), task=task, context=64)
+    before = stack_of(model)
+    assert stack_of(optimize(model, task=task, context=64)) == before
+    assert set(model.plan.reasons.values()) >= {"it is on the model already"}
+
+
+def test_what_is_on_a_model_stays_with_its_options() -> None:
+    model = with_flash_attention(with_lora(tiny_model(torch.bfloat16), rank=2), backend="torch")
+    found = plan(model, hardware="cpu:24GB", context=64)
+    assert {with_lora(rank=2), with_flash_attention(backend="torch")} <= set(found.stack)
+    assert found.memory.weights["adapters"] > 0
+    scope = {"model": model}
+    exec(found.code, scope)
+    assert stack_of(scope["model"]) == found.stack
+
+
+def test_what_cannot_stand_with_what_is_on_a_model_is_refused() -> None:
+    with pytest.raises(LayoutError, match="packed weights take no gradient"):
+        plan(with_mxfp4_experts(tiny_model(torch.bfloat16)), hardware="cpu:24GB", task="full", context=64)
+
+
+def test_replicas_join_and_train_together() -> None:
+    found = plan("20b", hardware="2xH100", objective="throughput", task="lora")
+    assert found.ranks == 1
+    assert "init_distributed()" in found.code
+    assert "DistributedDataParallel(model)" in found.code
+    assert "DistributedDataParallel" not in plan("20b", hardware="2xH100", objective="throughput").code
+    compile(found.code, "code", "exec")
+
+
+def test_nodes_of_one_device_each_hold_the_model_if_it_fits() -> None:
+    assert plan("20b", hardware="2x(1xH100)").ranks == 1
+    assert plan("120b", hardware="2x(1x40GB)").ranks == 2
+
+
+def test_old_cards_are_said_to_be_slow() -> None:
+    assert any("compute capability 8.0" in one for one in plan("20b", hardware="1xV100-32GB").warnings)
+    assert not any("compute capability" in one for one in plan("20b", hardware="1xL4").warnings)
+    assert not any("V100" in one for one in plan("20b", hardware="4x24GB", task="full", batch=4).to_fit)
+
+
+def test_two_changes_are_offered_where_one_is_not_enough() -> None:
+    found = plan("120b", hardware="1x24GB", task="full")
+    assert found.to_fit
+    assert "8 devices" in found.to_fit[0]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "name", "said"),
+    [
+        ("3xH100", EXPERTS, "cannot share 8 key heads"),
+        ("2xH100", EXPERTS, "slices of each expert are wide enough"),
+        ("8xH100", EXPERTS, "from 4 devices on"),
+    ],
+)
+def test_reasons_are_true(hardware: str, name: str, said: str) -> None:
+    assert said in plan("20b", hardware=hardware).reasons[name]
+
+
+def test_rows_that_cannot_be_packed_are_the_reason() -> None:
+    config = GptOssConfig(num_hidden_layers=2, num_local_experts=4, hidden_size=80, intermediate_size=48)
+    assert "multiple of 32" in plan(config, hardware="cpu:24GB").reasons[PACKED]
+
+
+def test_values_are_as_wide_as_the_model_has_them() -> None:
+    wide, half = (plan(tiny_model(kind), hardware="cpu:24GB", context=64) for kind in (torch.float32, torch.bfloat16))
+    assert sum(wide.memory.cache.values()) == 2 * sum(half.memory.cache.values())
+    assert wide.memory.activations == 2 * half.memory.activations
+
+
+def test_names_of_any_script(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "\N{GRINNING FACE} d\u00e9j\u00e0")
+    scope: dict[str, Any] = {}
+    exec(plan(folder, hardware="cpu:24GB", context=64).code, scope)
+    assert len(stack_of(scope["model"]))
+
+
+def test_optimize_takes_what_plan_takes(path: Path) -> None:
+    assert optimize(path, hardware="cpu:24GB", context=64).plan.fits
+    with pytest.raises(PlanError, match="a config has no weights"):
+        optimize(GptOssConfig(num_hidden_layers=2, num_local_experts=4), context=64)
+
+
+@pytest.mark.parametrize(
+    "hardware", [5, ["1xH100"], "9" * 400 + "GB", "9" * 5000 + "xH100", "2x(2x(2xL4))", "", "1xH100" * 99]
+)
+def test_machines_that_are_none(hardware: Any) -> None:
+    with pytest.raises(HardwareError) as error:
+        plan("20b", hardware=hardware)
+    assert len(str(error.value)) < 2000
+
+
+def test_models_that_are_none() -> None:
+    with pytest.raises(CompatibilityError, match="GPT-OSS"):
+        plan(torch.nn.Linear(2, 2), hardware="cpu:24GB")
+    with pytest.raises(CompatibilityError, match="gpt_oss"):
+        plan(LlamaConfig(), hardware="cpu:24GB")
+    with pytest.raises(ValueError, match="too large"):
+        plan("20b", hardware="cpu:24GB", context=10**400)

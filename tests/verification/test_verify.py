@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from gptoss_opt import (
     compose,
@@ -21,10 +23,12 @@ from gptoss_opt import (
     with_lora,
     with_mxfp4_experts,
 )
+from gptoss_opt.kernels.decoder_layer import NativeLayer
 from gptoss_opt.kernels.experts.impl.torch_grouped import TORCH_GROUPED
 from gptoss_opt.kernels.kernel_table import kernel_for
 from gptoss_opt.model import attention as attention_module
 from gptoss_opt.model import experts as experts_module
+from gptoss_opt.model import linears as linears_module
 from gptoss_opt.verification.drift import share_of
 from tests.helpers import WINDOW, ids, tiny_model
 
@@ -50,7 +54,15 @@ def test_what_is_right(name: str, dtype: torch.dtype) -> None:
     assert found.right, str(found)
     assert found.verdict.startswith("Right: ")
     assert {drift.kind for drift in found.drifts} == {"forward", "gradient", "decoding"}
-    assert {drift.part for drift in found.drifts} == {"attention", "router", "experts", "head"}
+    routing = {"router", "router's weights", "router's choice"}
+    assert {drift.part for drift in found.drifts} == {
+        "attention",
+        "experts",
+        "norm",
+        "rotary embedding",
+        "head",
+        *routing,
+    }
     # Not by far too much: what is allowed is near to what rounding takes.
     assert max(drift.share for drift in found.drifts) > 0.05
     # Nothing is left behind.
@@ -175,6 +187,9 @@ def test_tokens_of_your_own() -> None:
     [
         ({"against": "a friend"}, "Use 'eager'"),
         ({"tokens": torch.randn(2, 20)}, "float32"),
+        ({"tokens": [[1, 2, 3, 4, 5]]}, "tokens are list"),
+        ({"tokens": torch.full((1, 6), 10**6)}, "of 128 words"),
+        ({"tokens": torch.ones(0, 9, dtype=torch.long)}, "a row at least"),
         ({"tokens": torch.ones(2, 3, dtype=torch.long)}, "5 at least"),
         ({"tokens": torch.ones(8, 600, dtype=torch.long)}, "Give fewer"),
     ],
@@ -188,3 +203,90 @@ def test_it_is_shown() -> None:
     found = verify(tiny_model())
     assert "Right" in found._repr_html_()
     assert "attention" in repr(found)
+
+
+# What lies between the parts.
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[..., Any]) -> None:
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **options: change(real, *args, **options))
+
+
+def worse_choice(real: Any, logits: Tensor, count: int) -> Any:
+    return real(-logits, count)
+
+
+BETWEEN = {
+    "norm": (linears_module, "rms_norm", lambda real, *args, **options: real(*args, **options) * 1.05, "norm"),
+    "choice": (linears_module, "most_probable", worse_choice, "router's choice"),
+    "angles": (GptOssRotaryEmbedding, "forward", lambda real, self, x, p: real(self, x, 2 * p), "rotary embedding"),
+    "whole layers": (NativeLayer, "after", lambda real, *args: real(*args) * 1.03, "head"),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_faults_between_the_parts_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, function, change, part = BETWEEN[name]
+    model = STACKS["packed"](tiny_model(torch.bfloat16))
+    if kernel_for("q_proj", torch.bfloat16, 1) == "torch" and name != "angles":
+        pytest.skip("linear layers, norms and whole layers are not native on this processor")
+    assert verify(model).right
+    patched(monkeypatch, owner, function, change)
+    found = verify(model)
+    assert part in {drift.part for drift in found.wrong}, str(found)
+
+
+# Models that are wrapped by others, or odd.
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_peft_are_part_of_the_weights() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(with_flash_attention(tiny_model()), config)
+    assert verify(adapted).right
+    adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].register_forward_hook(
+        lambda *x: x[2] * 2
+    )
+    assert not verify(adapted).right
+    assert verify(peft.get_peft_model(tiny_model(), config)).right
+    with pytest.raises(ValueError, match="Merge them"):
+        on_experts = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+        verify(peft.get_peft_model(tiny_model(), on_experts))
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 700}, {"output_router_logits": True}])
+def test_odd_configs(options: dict[str, Any]) -> None:
+    assert verify(with_flash_attention(tiny_model(**options))).right
+
+
+def test_float64_and_zeros() -> None:
+    assert verify(compose(with_flash_attention(), with_fast_experts())(tiny_model(torch.float64)), gradients=True).right
+    model = with_flash_attention(tiny_model(torch.bfloat16))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = verify(model)
+    assert found.right
+    model.lm_head.weight.data.fill_(torch.nan)
+    found = verify(model)
+    assert not found.right
+    json.loads(json.dumps(found.to_dict(), allow_nan=False))
+
+
+def test_whatever_is_switched_off_around_it() -> None:
+    model = with_flash_attention(tiny_model())
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            assert verify(model, gradients=not isinstance(context, torch.autocast)).right
+
+
+def test_hooks_of_the_user_are_not_what_is_verified() -> None:
+    model = with_flash_attention(tiny_model())
+    model.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1]))
+    assert not [drift for drift in verify(model).wrong if drift.kind == "decoding" or drift.backend == "native"]
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="GptOssForCausalLM"):
+        verify(tiny_model().model)
