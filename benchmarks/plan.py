@@ -193,7 +193,7 @@ class Decoding(Case):
 
 
 def cases(settings: Settings, folder: Path) -> list[Case]:
-    """Twelve stacks, and decoding."""
+    """Thirteen stacks, and decoding."""
     peaks = {
         "packed, 2,048 tokens": (PACKED, Workload("generate", 2048)),
         "dense, 2,048 tokens": (DENSE, Workload("generate", 2048)),
