@@ -67,18 +67,28 @@ def complete(model: Any, source: str, prompts: list[str], *, raw: bool, as_json:
 
     tokenizer = tokenizer_of(source)
     with ContinuousBatcher(model, max_num_sequences=len(prompts)) as batcher:
-        requests = [batcher.submit(_encoded(tokenizer, one, raw), **options) for one in prompts]
-        for prompt, request in zip(prompts, requests, strict=True):
-            if as_json:
-                text = tokenizer.decode(request.result(), skip_special_tokens=True)
-                row = {"prompt": prompt, "text": text, "tokens": request.tokens, "finish_reason": request.finish_reason}
-                typer.echo(json.dumps(row))
-                continue
-            if len(prompts) > 1:
-                typer.echo(f"> {prompt}")
-            for piece in _pieces(tokenizer, request):
-                typer.echo(piece, nl=False)
-            typer.echo()
+        requests: list[Any] = []
+        try:
+            requests += (batcher.submit(_encoded(tokenizer, one, raw), **options) for one in prompts)
+            for prompt, request in zip(prompts, requests, strict=True):
+                if not as_json and len(prompts) > 1:
+                    typer.echo(f"> {prompt}")
+                _write(tokenizer, prompt, request, as_json)
+        finally:
+            # Those that go on, because something went wrong or the user has stopped it, are not waited for.
+            for request in requests:
+                request.cancel()
+
+
+def _write(tokenizer: Any, prompt: str, request: Any, as_json: bool) -> None:
+    if as_json:
+        text = tokenizer.decode(request.result(), skip_special_tokens=True)
+        row = {"prompt": prompt, "text": text, "tokens": request.tokens, "finish_reason": request.finish_reason}
+        typer.echo(json.dumps(row))
+        return
+    for piece in _pieces(tokenizer, request):
+        typer.echo(piece, nl=False)
+    typer.echo()
 
 
 def _encoded(tokenizer: Any, prompt: str, raw: bool) -> Any:

@@ -68,7 +68,7 @@ class Stats:
             if isinstance(value, dict):
                 name += "_seconds"
                 lines.append(f"# TYPE {name} summary")
-                lines += [f'{name}{{quantile="{percent / 100:g}"}} {seconds:g}' for percent, seconds in value.items()]
+                lines += [f'{name}{{quantile="{percent / 100:g}"}} {seconds}' for percent, seconds in value.items()]
                 continue
             lines += [f"# TYPE {name} {'counter' if one.name in COUNTERS else 'gauge'}", f"{name} {value}"]
         return "\n".join(lines) + "\n"

@@ -1,4 +1,5 @@
 """Whether a wrapped model computes what plain eager computations of its weights do, part by part."""
 
 from .drift import Drift
-from .verify import Verification, verify
+from .report import Verification
+from .verify import verify

@@ -98,11 +98,14 @@ def test_ctrl_c_is_clean(path: str) -> None:
     # Enough to do for it to be under way for a while.
     prompts = [f"{number} {PROMPTS[0]}" for number in range(400)]
     command = [sys.executable, "-m", "gptoss_opt", "run", path, *prompts, "--max-new-tokens", "2000", "--raw"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            out, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in error
     assert out.count("> ") < len(prompts)
