@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..core import Attachment, Host, Phase, Report, Wrapper, takes_model
@@ -53,6 +54,9 @@ class WithMonitor(Wrapper):
 
 def monitored(monitor: Monitor, model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A forward of the model, measured if it is its turn."""
+    if torch.compiler.is_compiling():
+        # What is compiled has no steps to look at, and would be compiled anew for each count.
+        return inner(*args, **kwargs)
     return monitor.forward(model, inner, args, kwargs)
 
 
@@ -63,7 +67,7 @@ def with_monitor(*, every: int = 10, to: tuple[str, ...] = ("log",)) -> WithMoni
     Changes no number, and nothing of the forwards between. A measured one has hooks on attention, experts and routers
     for as long as it runs, and on a GPU waits for each part. Before it is measured, what each wrapper set on the model
     is looked at: where something else would compute, it is an error. `monitor_of(model)` has the steps, a `report()`
-    and a `plot()`.
+    and a `plot()`. A model that is compiled afterwards is not measured.
 
     Args:
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a

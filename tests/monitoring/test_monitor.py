@@ -215,3 +215,14 @@ def test_the_loss_is_that_of_the_model() -> None:
     logits = model(ids(), labels=ids()).logits
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), ids()[:, 1:].flatten())
     assert relative(torch.tensor(monitor_of(model).steps[0].loss), expected) < 1e-5
+
+
+def test_what_is_compiled_is_not_measured() -> None:
+    model = with_monitor(with_flash_attention(tiny_model(num_hidden_layers=1)), every=1, to=())
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected = model(ids(), use_cache=False).logits
+        before = monitor_of(model).calls
+        for _ in range(3):
+            torch.testing.assert_close(compiled(ids(), use_cache=False).logits, expected)
+    assert monitor_of(model).calls == before
