@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.case import Case, Point, Settings
-from benchmarks.harness import alternate, device, median_ratio
+from benchmarks.harness import device, median_ratio, seconds
 from benchmarks.load import checkpoint
 from gptoss_opt import (
     compose,
@@ -60,13 +59,13 @@ class Overhead(Case):
             options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             made.generate(tokens, max_new_tokens=FORWARDS, min_new_tokens=FORWARDS, **options)
 
-        def watched() -> None:
+        times: dict[str, list[float]] = {"without": [], "with": []}
+        steps()
+        for _ in range(max(9, repeats)):
+            times["without"].append(seconds(steps))
             with_monitor(made, every=EVERY, to=())
-            steps()
+            times["with"].append(seconds(steps))
             undo(made, with_monitor)
-
-        runs: dict[str, Callable[[], object]] = {"without": steps, "with": watched}
-        times = alternate(runs, max(7, repeats))
         median = {name: statistics.median(taken) for name, taken in times.items()}
         ratio = median_ratio(times["with"], times["without"])
         return [{**median, "ratio": ratio, "asked": ALLOWED}]
