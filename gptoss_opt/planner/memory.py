@@ -29,6 +29,8 @@ from .workload import Workload
 
 PROCESS = {"cpu": 60_000_000, "cuda": 600_000_000}
 """What a process takes for itself: threads' buffers; on a GPU what CUDA and its libraries keep (measured: 0.5 GB)."""
+MEETING = {"cpu": 80_000_000, "cuda": 300_000_000}
+"""What a rank takes beside that to meet others: Gloo's threads and NCCL's channels keep buffers of their own."""
 TRAINING = 100_000_000
 """What training takes beside what is counted: copies of factors, the optimizer's temporaries."""
 FRAGMENTS = 0.03
@@ -118,7 +120,7 @@ def memory_of(config: Any, held: Parameters, stack: Stack, work: Workload, devic
         logits = work.tokens * words * WHOLE_LOGITS
     buffers = 2 * work.tokens * config.hidden_size * size if held.ranks > 1 else 0
     moving = activations + logits + buffers + gradients + sum(cache.values())
-    overhead = PROCESS[device.kind] + TRAINING * work.trains
+    overhead = PROCESS[device.kind] + MEETING[device.kind] * (held.ranks > 1) + TRAINING * work.trains
     overhead += round(FRAGMENTS * moving) if device.kind == "cuda" else 0
     return Memory(held.weights, cache, activations, logits, gradients, round(optimizer), buffers, overhead)
 
