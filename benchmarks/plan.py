@@ -1,8 +1,7 @@
 """Plans beside what processes really hold and do: the peak of memory of stacks, and the rate of decoding.
 
 Each stack holds four layers of the 20b's shapes and its head, loaded by processes of their own: their resident memory
-at its peak, above what it was before anything was loaded. The largest context and batch of a plan are checked with the
-memory that is really there: `fits` of more is not run.
+at its peak, above what it was before anything was loaded.
 """
 
 from __future__ import annotations

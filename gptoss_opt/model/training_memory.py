@@ -71,8 +71,8 @@ def training_memory(model: nn.Module, optimizer: OptimizerState) -> str:
     dtypes = " and ".join(sorted({str(local.dtype).removeprefix("torch.") for local in trained}))
     rank = ", on this rank" if any(isinstance(parameter, DTensor) for parameter in parameters) else ""
     return (
-        f"gradients {_written(gradients)}, optimizer state {_written(state)} ({optimizer.describe(dtypes)}): "
-        f"{_written(weights + gradients + state)} with the weights{rank}"
+        f"gradients {written(gradients)}, optimizer state {written(state)} ({optimizer.describe(dtypes)}): "
+        f"{written(weights + gradients + state)} with the weights{rank}"
     )
 
 
@@ -80,5 +80,11 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _written(num_bytes: float) -> str:
+def written(num_bytes: float) -> str:
+    """A number of bytes, as people write it.
+
+    Example:
+        >>> written(13.76e9), written(4.7e6)
+        ('13.76 GB', '4.70 MB')
+    """
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.2f} MB"

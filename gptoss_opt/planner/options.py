@@ -73,7 +73,8 @@ def options(target: Target, hardware: Hardware, work: Workload) -> Iterator[Opti
                 problem = error
                 continue
             found = True
-            yield measured(target, hardware, stack, settled, held, gives_up)
+            memory = memory_of(target.config, held, stack, settled, hardware.device)
+            yield Option(stack, settled, held, memory, speed_of(target.config, held, settled, hardware), gives_up)
     if not found:
         raise LayoutError(f"there is no way to lay this model out on {hardware}: {problem}") from problem
 
@@ -84,14 +85,6 @@ def _on(target: Target, wrappers: Sequence[Wrapper]) -> Stack:
     names = {wrapper.name for wrapper in wrappers}
     kept = [wrapper for name, wrapper in already.items() if name not in names]
     return compose(*(already.get(wrapper.name, wrapper) for wrapper in wrappers), *kept)
-
-
-def measured(
-    target: Target, hardware: Hardware, stack: Stack, work: Workload, held: Parameters, gives_up: tuple[str, ...] = ()
-) -> Option:
-    """A way with its memory and speed."""
-    memory = memory_of(target.config, held, stack, work, hardware.device)
-    return Option(stack, work, held, memory, speed_of(target.config, held, work, hardware), gives_up)
 
 
 def placements(hardware: Hardware) -> list[tuple[Wrapper, ...]]:

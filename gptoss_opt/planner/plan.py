@@ -10,13 +10,14 @@ from typing import Any
 from ..core import Stack
 from ..kernels.triton import MIN_CAPABILITY
 from ..layout import LayoutError
+from ..model.training_memory import written
 from ..table import Table
 from .cards import CARDS, Card
 from .code import code_of, launch_of
 from .hardware import Hardware, described, machine_of
 from .memory import Memory
 from .options import Option, most, options
-from .reasons import reasons_for, written
+from .reasons import reasons_for
 from .speed import Rate
 from .target import PLACEHOLDER, Target, target_of
 from .workload import Objective, Task, Workload

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..core.spec import WRAPPERS
 from ..kernels.mxfp4 import BLOCK
+from ..model.training_memory import written
 from .hardware import Hardware
+from .memory import WHOLE_LOGITS
 from .options import EXPERTS_FROM, Option
 from .target import Target
 
@@ -141,7 +142,7 @@ def _no_full(case: Case) -> str:
 
 def _loss(case: Case) -> str:
     work, words = case.option.work, case.target.config.vocab_size
-    whole = replace(work).tokens * words * 13
+    whole = work.tokens * words * WHOLE_LOGITS
     return f"the logits of {work.tokens:,} tokens and their gradients would take {written(whole)}; a chunk takes less"
 
 
@@ -162,13 +163,3 @@ REASONS: dict[str, tuple[Callable[[Case], str], Callable[[Case], str]]] = {
     "with_monitor": (_of_your_own, lambda case: "it only watches: add it where you want to see what a model does"),
 }
 """By wrapper, why it is taken and why it is not."""
-
-
-def written(num_bytes: float) -> str:
-    """A number of bytes, as people write it.
-
-    Example:
-        >>> written(13.76e9), written(4.7e6)
-        ('13.76 GB', '4.7 MB')
-    """
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

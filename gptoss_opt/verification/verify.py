@@ -158,7 +158,7 @@ def _drifts(model: Any, tokens: Tensor, seen: Tensor, gradients: bool) -> Iterat
         yield from _experts(number, layer.mlp.experts, whole, stepped, experts, gradients)
     call = whole[head][-1]
     plain: Plain = partial(plain_head, model)
-    yield _compared("head", None, _name(model.config, "head"), "forward", call.out, call.args[0], plain)
+    yield _compared("head", None, "the model", "forward", call.out, call.args[0], plain)
     yield _normed(None, last, whole)
     yield _rotated(rotary, whole)
     off = float((alone.double() - listened.double()).norm() / listened.double().norm().clamp(min=1e-30))
@@ -183,12 +183,13 @@ def _rotated(module: Any, whole: Calls) -> Drift:
     return Drift("rotary embedding", None, "the model", "forward", *share)
 
 
+IMPLEMENTATION = {"attention": "_attn_implementation", "experts": "_experts_implementation"}
+"""Where a config names what computes a part."""
+
+
 def _name(config: Any, part: str) -> str:
     """The backend that computes a part now."""
-    if part not in ("attention", "experts"):
-        return "the model"
-    value = str(config._attn_implementation if part == "attention" else config._experts_implementation)
-    return value.removeprefix(KEY.format(""))
+    return str(getattr(config, IMPLEMENTATION[part])).removeprefix(KEY.format(""))
 
 
 def _backends(model: Any) -> tuple[list[str], list[str]]:
@@ -233,12 +234,19 @@ def _attention(
     if gradients:
         yield _differentiated("attention", number, name, again, hidden, exact)
     for other in others:
-        with implementation(module.config, "_attn_implementation", KEY.format(other)):
-            with torch.no_grad():
-                found = again(hidden)
-            yield _compared("attention", number, other, "forward", found, hidden, exact)
-            if gradients:
-                yield _differentiated("attention", number, other, again, hidden, exact)
+        with implementation(module.config, IMPLEMENTATION["attention"], KEY.format(other)):
+            yield from _by_another("attention", number, other, again, hidden, exact, gradients)
+
+
+def _by_another(
+    part: str, number: int, name: str, ours: Plain, hidden: Tensor, exact: Plain, gradients: bool
+) -> Iterator[Drift]:
+    """What the backend gives that a config names meanwhile."""
+    with torch.no_grad():
+        found = ours(hidden)
+    yield _compared(part, number, name, "forward", found, hidden, exact)
+    if gradients:
+        yield _differentiated(part, number, name, ours, hidden, exact)
 
 
 def _router(number: int, module: Any, whole: Calls) -> Iterator[Drift]:
@@ -277,12 +285,8 @@ def _experts(
     if gradients:
         yield _differentiated("experts", number, name, again, hidden, exact)
     for other in others:
-        with implementation(module.config, "_experts_implementation", KEY.format(other)):
-            with torch.no_grad():
-                found = again(hidden)
-            yield _compared("experts", number, other, "forward", found, hidden, exact)
-            if gradients:
-                yield _differentiated("experts", number, other, again, hidden, exact)
+        with implementation(module.config, IMPLEMENTATION["experts"], KEY.format(other)):
+            yield from _by_another("experts", number, other, again, hidden, exact, gradients)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

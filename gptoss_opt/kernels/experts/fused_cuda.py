@@ -1,6 +1,7 @@
-"""All of `experts` on CUDA without gradients, in six launches: few rows are computed faster than kernels are started.
+"""All of `experts` on CUDA without gradients, in seven launches: few rows are computed faster than kernels are started.
 
-Routes, rows by expert, gate and up, bias and activation, down, bias and weighted sum. Nothing waits for the GPU.
+Routes, the token of each row, rows by expert, gate and up, bias and activation, down, bias and weighted sum. Nothing
+waits for the GPU.
 """
 
 from __future__ import annotations
