@@ -16,11 +16,12 @@ from .storage import DENSE, STORAGES, Split
 def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
     """Raise `LayoutError` unless `model`, whose parameters are `held` now, can be brought into `layout`."""
     of_tensor: dict[str, str] = {}
+    modules = dict(model.named_modules()) if layout.new else {}
     for parameter in layout:
         form = layout.form(parameter)
         problems = chain(_wrong_form(parameter, form, layout), _wrong_splits(parameter, form, layout))
         if form.new and parameter not in held:
-            problems = chain(problems, _wrong_name(parameter, form.new, model))
+            problems = chain(problems, _wrong_name(parameter, form.new, modules))
         for problem in problems:
             raise LayoutError(f"{form.by or next((one.by for one in form.splits), '') or 'a wrapper'} {problem}")
         for tensor in Held(form).names(parameter):
@@ -118,9 +119,9 @@ def _covers(split: Split, size: int) -> bool:
     return all(list(part) == sorted(part) for part in split.parts) and sorted(chain(*split.parts)) == [*range(size)]
 
 
-def _wrong_name(parameter: str, new: New, model: nn.Module) -> Iterator[str]:
+def _wrong_name(parameter: str, new: New, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     path, _, name = parameter.rpartition(".")
-    module = dict(model.named_modules()).get(path)
+    module = modules.get(path)
     if module is None:
         yield f"adds {parameter}, but the model has no module {path}."
     elif not name.isidentifier() or hasattr(module, name):

@@ -26,6 +26,8 @@ PARTS = (
     ("lm_head.weight", 0),
 )
 """Where it is seen which part a rank has of heads, experts, inner features and words: a name's end, a dimension."""
+LAYERS = ".layers."
+"""What the name of every parameter of a layer contains, after a dot."""
 OTHERS, ADAPTERS = "router and norms", "adapters"
 
 
@@ -62,8 +64,14 @@ class Parameters:
         return sum(self.weights.values())
 
 
-def parameters_of(model: nn.Module, stack: Stack) -> Parameters:
+def parameters_of(model: nn.Module, stack: Stack, *, repeats: int = 1) -> Parameters:
     """What the fullest rank holds of `model`, which may be on the meta device, in the layout of a stack.
+
+    Args:
+        model: of which shapes and dtypes are read.
+        stack: the wrappers that would be on it.
+        repeats: how many layers each layer of `model` stands for. Layers of a config are alike, so that a model of one
+            of them tells what any number of them takes.
 
     Raises:
         LayoutError: the stack cannot be laid out on this model.
@@ -80,7 +88,7 @@ def parameters_of(model: nn.Module, stack: Stack) -> Parameters:
     # Ranks whose parts are as large hold as much: one of them stands for all.
     splits = {form.splits for form in forms.values()}
     unlike = {tuple(len(part.parts[at[part.axis]]) for each in splits for part in each): at for at in places}
-    ranks = [_on_rank(forms, at) for at in unlike.values()]
+    ranks = [_on_rank(forms, at, repeats) for at in unlike.values()]
     return replace(max(ranks, key=lambda found: found.num_bytes), ranks=len(places))
 
 
@@ -98,12 +106,12 @@ def kind_of(name: str, form: Form) -> str:
     return ADAPTERS if form.new else next((kind for part, kind in KINDS.items() if part in name), OTHERS)
 
 
-def _on_rank(forms: Mapping[str, Form], coordinate: Mapping[str, int]) -> Parameters:
+def _on_rank(forms: Mapping[str, Form], coordinate: Mapping[str, int], repeats: int) -> Parameters:
     weights: Counter[str] = Counter()
     trainable: Counter[int] = Counter()
     dense: Counter[int] = Counter()
     for name, form in forms.items():
-        num_bytes = form.num_bytes(coordinate)
+        num_bytes = form.num_bytes(coordinate) * (repeats if LAYERS in f".{name}" else 1)
         weights[kind_of(name, form)] += num_bytes
         if form.new and form.new.trainable:
             trainable[form.dtype.itemsize] += num_bytes // form.dtype.itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,18 +31,20 @@ class Target:
 
     Attributes:
         config: what it is made of.
-        model: all of its parameters, on the meta device, or the model that was given.
+        model: the model that was given, or one on the meta device of its first layer alone: the others are like it.
         packed: whether its experts are packed as MXFP4 already, so that nothing is rounded.
         source: the folder or name that `load` takes; None for a model that is there.
+        repeats: how many layers of the target each layer of `model` stands for.
     """
 
     config: Any
     model: nn.Module
     packed: bool
     source: str | None
-    _known: dict[Stack, Parameters] = field(default_factory=dict, compare=False, repr=False)
+    repeats: int = 1
+    _known: dict[Stack, Parameters | ValueError] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
     def already(self) -> dict[str, Wrapper]:
         """The wrappers that are on a model that is there, by name."""
         return {wrapper.name: wrapper for wrapper in stack_of(self.model)} if self.source is None else {}
@@ -54,12 +57,22 @@ class Target:
             LayoutError, ValueError: see `parameters_of`.
         """
         if stack not in self._known:
-            alone = [one for one in stack if one.phase != Phase.PARALLEL and one.name not in self.already]
-            problems = [f"{wrapper.name}: {problem}" for wrapper in alone for problem in wrapper.check(self.model)]
-            if problems:
-                raise CompatibilityError(problems)
-            self._known[stack] = parameters_of(self.model, stack)
-        return self._known[stack]
+            self._known[stack] = self._computed(stack)
+        known = self._known[stack]
+        if isinstance(known, ValueError):
+            raise known.with_traceback(None)  # it may be raised many times, and is to be read once
+        return known
+
+    def _computed(self, stack: Stack) -> Parameters | ValueError:
+        """What the fullest rank holds, or the error that says why a stack cannot be on this model."""
+        alone = [one for one in stack if one.phase != Phase.PARALLEL and one.name not in self.already]
+        problems = [f"{wrapper.name}: {problem}" for wrapper in alone for problem in wrapper.check(self.model)]
+        if problems:
+            return CompatibilityError(problems)
+        try:
+            return parameters_of(self.model, stack, repeats=self.repeats)
+        except ValueError as error:  # a LayoutError is one
+            return error
 
 
 def target_of(model: Any) -> Target:
@@ -98,5 +111,8 @@ def _is_packed(config: Any) -> bool:
 
 
 def _of_config(config: Any, packed: bool, source: str) -> Target:
-    plain = copy.deepcopy(config)
-    return Target(plain, build(plain, torch.device("meta"), torch.bfloat16), packed, source)
+    whole, first = copy.deepcopy(config), copy.deepcopy(config)
+    first.num_hidden_layers = min(1, config.num_hidden_layers)
+    first.layer_types = config.layer_types[: first.num_hidden_layers]
+    model = build(first, torch.device("meta"), torch.bfloat16)
+    return Target(whole, model, packed, source, config.num_hidden_layers)

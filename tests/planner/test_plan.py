@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +147,6 @@ def test_every_wrapper_has_a_reason(task: Any, hardware: str) -> None:
     assert all(reason and not reason.endswith(".") for reason in found.reasons.values())
     ours = [name for name, wrapper in WRAPPERS.items() if wrapper.__module__.startswith("gptoss_opt.")]
     assert not any("not one of this package" in found.reasons[name] for name in ours)
-
-
-def test_it_is_quick_and_imports_no_weights() -> None:
-    plan("20b", hardware="1xH100")
-    begin = time.perf_counter()
-    found = plan("120b", hardware="8xH100", task="lora")
-    assert time.perf_counter() - begin < 3  # under a second where nothing else runs
-    assert found.peak_bytes > 1e10
 
 
 def test_all_of_it_is_json_and_the_stack_comes_back() -> None:
