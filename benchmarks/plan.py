@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed
@@ -28,6 +28,7 @@ from benchmarks.load import checkpoint
 from benchmarks.machine import Machine
 from gptoss_opt import (
     ContinuousBatcher,
+    Plan,
     Stack,
     compose,
     load,
@@ -47,13 +48,15 @@ from gptoss_opt.planner import hardware
 from gptoss_opt.planner.hardware import Device
 from gptoss_opt.planner.memory import memory_of
 from gptoss_opt.planner.target import target_of
-from gptoss_opt.planner.workload import Workload
+from gptoss_opt.planner.workload import Task, Workload
 
 LAYERS = 4
 ALLOWED, ABOVE = 0.10, 0.05
 """How far a plan may be from what is measured, and how far below it."""
 DECODE_ALLOWED = 0.25
 NEW_TOKENS = 16
+MACHINE, FAR, OF_A_BATCH = "cpu:5.2GB", 65_536, 512
+"""A machine that the weights of these layers nearly fill, what does not fit there, and the context of a batch."""
 
 PACKED = compose(with_mxfp4_experts(), with_flash_attention(), with_fast_linears())
 DENSE = compose(with_fast_experts(), with_flash_attention(), with_fast_linears())
@@ -83,12 +86,7 @@ class Peak(Case):
         target = target_of(made)
         device = Device("cpu", "CPU", 0, 1.0, 1.0, 1.0)
         memory = memory_of(target.config, target.held(self.stack), self.stack, self.work, device)
-        with tempfile.TemporaryDirectory() as folder:
-            store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-            arguments = (store.port, self.ranks, made, self.stack.to_json(), self.work, Path(folder))
-            spawn(on_rank, arguments, nprocs=self.ranks)
-            peaks = [json.loads(file.read_text()) for file in Path(folder).iterdir()]
-        measured, planned = max(peaks), memory.num_bytes
+        measured, planned = peak_of(made, self.stack, self.work, self.ranks), memory.num_bytes
         return [{"planned": planned, "measured": measured, "ratio": planned / measured, "memory": memory.lines}]
 
     def verify(self, made: Path, points: list[Point]) -> None:
@@ -101,6 +99,68 @@ class Peak(Case):
         ratio = points[0]["ratio"]
         right = 1 - ABOVE <= ratio <= 1 + ALLOWED
         return [] if right else [f"{self.name}: planned / measured is {ratio:.3f}"]
+
+
+@dataclass(frozen=True)
+class Largest(Case):
+    """The largest context, or batch, that a plan names for a machine, and twice that, at work: does each fit, or not?
+
+    Weights are read rather than mapped, as a plan so near to the machine's memory would map them: the system can drop
+    what is mapped, so that a peak of it says little.
+    """
+
+    folder: Path
+    task: Task
+    size: Literal["context", "batch"]
+    columns = """
+        case   | usable          | the largest that fits | measured           | twice as large, measured
+        {case} | {usable!G:.2f} GB | {largest:,} {size}     | {measured!G:.2f} GB | {twice!G:.2f} GB
+    """
+
+    def setup(self) -> Path:
+        return checkpoint(self.folder, LAYERS)
+
+    def run(self, made: Path, repeats: int) -> list[Point]:
+        def planned(number: int) -> Plan:
+            sizes = {"context": OF_A_BATCH, self.size: number}
+            return plan(made, hardware=MACHINE, task=self.task, **sizes)
+
+        # Of what cannot be, a plan names the largest that can.
+        largest = getattr(planned(FAR), f"max_{self.size}")
+        both = planned(largest), planned(2 * largest)
+        measured, twice = (peak_of(made, found.stack, found.work) for found in both)
+        return [
+            {
+                "usable": both[0].usable,
+                "size": self.size,
+                "largest": largest,
+                "planned": [found.peak_bytes for found in both],
+                "fits": [found.fits for found in both],
+                "measured": measured,
+                "twice": twice,
+            }
+        ]
+
+    def verify(self, made: Path, points: list[Point]) -> None:
+        """The plan itself holds the largest for one that fits, and twice that for one that does not."""
+        assert points[0]["fits"] == [True, False]
+
+    def missed(self, points: list[Point]) -> list[str]:
+        point = points[0]
+        found = []
+        if point["measured"] > (1 + ABOVE) * point["usable"]:
+            found.append(f"{self.name}: {point['largest']:,} take {point['measured'] / 1e9:.2f} GB")
+        if point["twice"] <= point["usable"]:
+            found.append(f"{self.name}: twice as many take {point['twice'] / 1e9:.2f} GB, and fit")
+        return found
+
+
+def peak_of(path: Path, stack: Stack, work: Workload, ranks: int = 1) -> int:
+    """The most bytes that a process holds while it loads a model and does some work; of several ranks, the fullest."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        spawn(on_rank, (store.port, ranks, path, stack.to_json(), work, Path(folder)), nprocs=ranks)
+        return max(json.loads(file.read_text()) for file in Path(folder).iterdir())
 
 
 def on_rank(rank: int, port: int, ranks: int, path: Path, stack: str, work: Workload, folder: Path) -> None:
@@ -122,7 +182,7 @@ def on_rank(rank: int, port: int, ranks: int, path: Path, stack: str, work: Work
 def do(model: Any, work: Workload) -> None:
     """What a workload says, on random tokens."""
     torch.manual_seed(0)
-    tokens = torch.randint(2, 200_000, (work.batch, work.context))
+    tokens = torch.randint(2, model.config.vocab_size, (work.batch, work.context))
     if work.task == "serve":
         with ContinuousBatcher(model, max_num_sequences=work.batch, share_prefixes=False) as batcher:
             prompts = [row[:-NEW_TOKENS].tolist() for row in tokens]
@@ -191,8 +251,16 @@ class Decoding(Case):
         return points
 
 
+LARGEST: tuple[tuple[Task, Literal["context", "batch"]], ...] = (
+    ("generate", "context"),
+    ("generate", "batch"),
+    ("lora", "context"),
+)
+"""Tasks, and of what the largest is looked for."""
+
+
 def cases(settings: Settings, folder: Path) -> list[Case]:
-    """Thirteen stacks, and decoding."""
+    """Thirteen stacks, the largest sizes that fit, and decoding."""
     peaks = {
         "packed, 2,048 tokens": (PACKED, Workload("generate", 2048)),
         "dense, 2,048 tokens": (DENSE, Workload("generate", 2048)),
@@ -219,6 +287,7 @@ def cases(settings: Settings, folder: Path) -> list[Case]:
             Peak(f"memory: {name}", folder, stack, Workload("generate", 1024 if "1,024" in name else 2048), 2)
             for name, stack in sharded.items()
         ),
+        *(Largest(f"largest {size}: {task}", folder, task, size) for task, size in LARGEST),
         Decoding("decoding", folder),
         Machine("machine", {"read GB/s": read_rate}),
     ]
