@@ -1,6 +1,6 @@
 """Several processes on one model: meshes, how sizes are split, local shards, and what ranks send each other."""
 
-from .agreement import disagreements
+from .agreement import disagreements, exchanged
 from .collectives import (
     add_once,
     all_gather_last,
@@ -10,7 +10,7 @@ from .collectives import (
     exchange_counts,
     mean_gradient,
 )
-from .local import Rule, attributes, refuse_foreign, with_local_parameters
+from .local import Rule, attributes, refuse_foreign, with_local_parameters, with_whole_parameters
 from .mesh import axis_of, bound_axis, check_axis, init_distributed, ranks_of, why_no_axis
 from .model_mesh import ModelMesh, Region
 from .parts import local_part, sum_of_parts

@@ -33,12 +33,8 @@ def disagreements(statement: Mapping[str, str], problems: Sequence[str], ranks: 
     Raises:
         TimeoutError: a rank did not come within the time that the process group waits.
     """
-    store: Any = distributed.distributed_c10d._get_default_store()
     rank = distributed.get_rank()
-    mine = json.dumps({"statement": dict(statement), "problems": list(problems)})
-    said: dict[int, Any] = {}
-    while None in said.values() or not said:
-        said = _meet(store, rank, tuple(ranks), mine)
+    said = exchanged({"statement": dict(statement), "problems": list(problems)}, ranks)
     found = [
         f"on rank {other}: {problem}"
         for other, saying in said.items()
@@ -49,6 +45,24 @@ def disagreements(statement: Mapping[str, str], problems: Sequence[str], ranks: 
     if found or problems:
         return found
     return list(_differences({other: saying["statement"] for other, saying in said.items()}))
+
+
+def exchanged(value: Any, ranks: Sequence[int]) -> dict[int, Any]:
+    """What each rank says, by rank, through the same store.
+
+    Args:
+        value: what this rank says: something that JSON can hold, and not None.
+        ranks: the ranks that take part, this one among them. All of them must call this equally often.
+
+    Raises:
+        TimeoutError: a rank did not come within the time that the process group waits.
+    """
+    store: Any = distributed.distributed_c10d._get_default_store()
+    rank, mine = distributed.get_rank(), json.dumps(value)
+    said: dict[int, Any] = {}
+    while None in said.values() or not said:
+        said = _meet(store, rank, tuple(ranks), mine)
+    return said
 
 
 def _meet(store: Any, rank: int, ranks: tuple[int, ...], mine: str) -> dict[int, Any]:
@@ -63,7 +77,7 @@ def _meet(store: Any, rank: int, ranks: tuple[int, ...], mine: str) -> dict[int,
         missing = [str(other) for other, key in keys.items() if not store.check([key])]
         raise TimeoutError(
             f"rank {rank} waited {store.timeout.total_seconds():g} s for rank {', '.join(missing)}, which did not wrap "
-            "its model as well. Every rank must apply the same wrappers in the same order; see whether it has died."
+            "its model as well, or verify it. Every rank must do the same in the same order; see whether it has died."
         ) from error
     return {other: json.loads(store.get(key)) for other, key in keys.items()}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
 from .collectives import add_once, all_reduce_gradient, mean_gradient
-from .parts import in_parts
+from .parts import in_parts, whole_tensor
+
+Result = TypeVar("Result")
 
 
 def dtensor_of(
@@ -85,6 +87,25 @@ def with_local_parameters(
             local[name] = rules[name](local[name])
     with attributes(module, local):
         return inner(*args, **kwargs)
+
+
+def with_whole_parameters(module: nn.Module, function: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a function find whole parameters in a module and those inside it, which are plain then.
+
+    They are gathered now, by all ranks together, and held as long as what this returns, which needs no other rank.
+    """
+    held: list[tuple[nn.Module, dict[str, Tensor]]] = []
+    for one in module.modules():
+        parameters: Mapping[str, Tensor | None] = one._parameters
+        held.append((one, {name: whole_tensor(p) for name, p in parameters.items() if isinstance(p, DTensor)}))
+
+    def computed(*args: Any, **kwargs: Any) -> Result:
+        with ExitStack() as meanwhile:
+            for one, whole in held:
+                meanwhile.enter_context(attributes(one, whole))
+            return function(*args, **kwargs)
+
+    return computed
 
 
 _LOOKED_AT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()

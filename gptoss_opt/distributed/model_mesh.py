@@ -170,6 +170,14 @@ class ModelMesh:
         return torch.Size(mesh.size() for mesh in self.data_axes.values()).numel()
 
     @property
+    def dp_rank(self) -> int:
+        """The number of this rank, or of its group of ranks with the same tokens, among those with their own."""
+        number = 0
+        for mesh in self.data_axes.values():
+            number = number * mesh.size() + mesh.get_local_rank()
+        return number
+
+    @property
     def _sharing_axes(self) -> list[str]:
         return [name for name in names_of(self.mesh) if name not in self.own_tokens]
 

@@ -168,6 +168,23 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, without gradient, on all ranks that hold parts of it; all of them must ask for it.
+
+    What several ranks hold alike is what the first of them has, so that they get the same where they differ.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    alike = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    if alike:
+        whole = whole.clone()  # not into what this rank holds
+    for dim in alike:
+        collectives.broadcast(whole, tensor.device_mesh.get_group(dim))
+    return whole
+
+
 def sum_of_parts(value: Tensor, of: Tensor) -> Tensor:
     """The sum over all ranks that hold a part of a tensor of what each has computed from its own."""
     if isinstance(of, DTensor):

@@ -75,6 +75,11 @@ def _weight(linear: Any, dtype: torch.dtype) -> Tensor:
     return weight
 
 
+def plain_embedding(module: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows that an embedding gives for tokens, in a dtype."""
+    return functional.embedding(tokens, _weight(module, dtype))
+
+
 def plain_norm(module: Any, hidden: Tensor) -> Tensor:
     """What a norm gives for hidden states, in their dtype."""
     scaled = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)

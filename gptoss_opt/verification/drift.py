@@ -36,8 +36,8 @@ class Drift:
     """One part of the model by one backend.
 
     Attributes:
-        part: "norm", "attention", "router", "router's weights", "router's choice", "experts", "rotary embedding" or
-            "head".
+        part: "norm", "attention", "router", "router's weights", "router's choice", "experts", "embedding",
+            "rotary embedding" or "head".
         layer: its number; None for what is in no layer.
         backend: what computed it.
         kind: "forward", "gradient" or "decoding".

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ class Call(NamedTuple):
 
 PLAIN_OUTPUT = {"return_dict": True, "output_router_logits": False}
 """Whatever the config says."""
+
+STEPS = 3
+"""How many tokens are decoded on a cache."""
 
 Calls = dict[nn.Module, list[Call]]
 
@@ -71,7 +74,7 @@ def run_whole(model: Any, tokens: Tensor, seen: Tensor) -> None:
 
 
 @torch.no_grad()
-def run_in_steps(model: Any, tokens: Tensor, seen: Tensor, steps: int) -> Tensor:
+def run_in_steps(model: Any, tokens: Tensor, seen: Tensor, steps: int = STEPS) -> Tensor:
     """All but the last tokens in one forward, and those one by one on its cache; the logits of the steps."""
     places, first = positions(seen), tokens.shape[1] - steps
     cache, logits = None, []
@@ -98,7 +101,3 @@ def first_tensor(out: Any) -> Tensor:
     """A result, or the first of several."""
     found: Tensor = out[0] if isinstance(out, tuple) else out
     return found
-
-
-Plain = Callable[[Tensor], Tensor]
-"""A plain computation of a part: from what it is given, in any dtype, to what it gives in that one."""

@@ -99,7 +99,7 @@ LAYERS: dict[str, set[str]] = {
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
-    "verification": {"core", "kernels", "model", "table"},
+    "verification": {"core", "distributed", "kernels", "model", "table"},
     "monitoring": {"core", "distributed", "model", "table"},
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
