@@ -87,7 +87,7 @@ def summed(x: Tensor, group: ProcessGroup) -> Tensor:
 def largest(x: Tensor, group: ProcessGroup) -> Tensor:
     """The largest of every rank's `x`, element by element, without gradient; all ranks get it."""
     y = x.detach().clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(y, distributed.ReduceOp.MAX, group=group)
+    _call("all_reduce", y, partial(distributed.all_reduce, y, distributed.ReduceOp.MAX, group=group))
     return y
 
 
@@ -146,13 +146,13 @@ def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: P
 def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
     """Learn how many rows each rank of a group sends here from how many each sends to each; both int64 [ranks]."""
     arriving = torch.empty_like(counts)
-    distributed.all_to_all_single(arriving, counts, group=group)
+    _call("all_to_all", counts, partial(distributed.all_to_all_single, arriving, counts, group=group))
     return arriving
 
 
 def broadcast(tensor: Tensor, group: ProcessGroup) -> None:
     """Overwrite `tensor` with the values it has on the first rank of a group."""
-    distributed.broadcast(tensor, group=group, group_src=0)
+    _call("broadcast", tensor, partial(distributed.broadcast, tensor, group=group, group_src=0))
 
 
 def broadcast_object(value: Any, group: ProcessGroup) -> Any:
@@ -173,16 +173,17 @@ def all_gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], rank: int, 
     """
     parts = [local.contiguous() if other == rank else local.new_empty(shape) for other, shape in enumerate(shapes)]
     for other, part in enumerate(parts):
-        distributed.broadcast(part, group=group, group_src=other)
+        _call("broadcast", part, partial(distributed.broadcast, part, group=group, group_src=other))
     return parts
 
 
 def gather_parts(local: Tensor, shapes: Sequence[Sequence[int]], rank: int, group: ProcessGroup) -> list[Tensor] | None:
     """Gather as `all_gather_parts` does, but on the first rank of the group alone; the others get None."""
     if rank:
-        distributed.send(local.contiguous(), group=group, group_dst=0)
+        local = local.contiguous()
+        _call("send", local, partial(distributed.send, local, group=group, group_dst=0))
         return None
     parts = [local, *(local.new_empty(shape) for shape in shapes[1:])]
     for other, part in enumerate(parts[1:], 1):
-        distributed.recv(part, group=group, group_src=other)
+        _call("receive", part, partial(distributed.recv, part, group=group, group_src=other))
     return parts

@@ -170,6 +170,23 @@ class ModelMesh:
         return torch.Size(mesh.size() for mesh in self.data_axes.values()).numel()
 
     @property
+    def own_size(self) -> int:
+        """How many of the ranks that hold the model together have tokens of their own."""
+        return self.mesh.size() // self.tp_size
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of what each of these ranks has found, without gradient."""
+        for name in names_of(self.mesh):
+            x = collectives.summed(x, self.group(name))
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of what each of these ranks has found, element by element, without gradient."""
+        for name in names_of(self.mesh):
+            x = collectives.largest(x, self.group(name))
+        return x
+
+    @property
     def dp_rank(self) -> int:
         """The number of this rank, or of its group of ranks with the same tokens, among those with their own."""
         number = 0

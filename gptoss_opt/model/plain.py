@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, apply_rotary_pos_emb
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
-from ..kernels.attention import Visible
 from .changes import change_of
 from .experts import PROJECTIONS, weights_held
 
@@ -126,31 +124,3 @@ def plain_head(model: Any, hidden: Tensor) -> Tensor:
     head: nn.Linear = model.get_output_embeddings()
     bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
     return functional.linear(hidden, head.weight.detach().to(hidden.dtype), bias)
-
-
-@torch.no_grad()
-def sink_share(module: Any, given: dict[str, Any]) -> Tensor | None:
-    """Which part of the attention of the last tokens goes to the sinks, on average over rows and heads.
-
-    Args:
-        module: the attention of a layer.
-        given: the keywords that it was called with. None is the answer where they do not hold all keys: beside a cache
-            or pages, under a mask, or on a rank that holds a part of the heads.
-    """
-    mask, hidden = given.get("attention_mask"), given["hidden_states"]
-    cache, plain = given.get("past_key_values"), mask is None or (isinstance(mask, Visible) and mask.everything)
-    # By now the cache has what was computed as well.
-    earlier = 0 if cache is None else cache.get_seq_length(module.layer_idx) - hidden.shape[1]
-    if earlier or not plain or isinstance(module.sinks, DTensor):
-        return None
-    length = min(hidden.shape[1], module.sliding_window or hidden.shape[1])
-    cos, sin = (one[:, -length:] for one in given["position_embeddings"])
-    query, key = (
-        linear(rows).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        for linear, rows in ((module.q_proj, hidden[:, -1:]), (module.k_proj, hidden[:, -length:]))
-    )
-    key = apply_rotary_pos_emb(key, key, cos, sin)[0].repeat_interleave(module.num_key_value_groups, 1)
-    query = apply_rotary_pos_emb(query, query, cos[:, -1:], sin[:, -1:])[0]
-    scores = (query.float() @ key.float().mT)[:, :, 0] * module.scaling
-    sinks = module.sinks.float()[None, :, None].expand(len(scores), -1, 1)
-    return torch.cat([scores, sinks], -1).softmax(-1)[..., -1].mean()

@@ -1,59 +1,63 @@
-"""transformers' Trainer, taught to read adapters from its checkpoints, which hold nothing else of the model."""
+"""transformers' Trainer, taught what it cannot know: to read adapters from its checkpoints, and to log a monitor."""
 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..core.record import record_of, wrapped_model
 from .adapters import AdapterState
+from .on_import import when_imported
 
 TRAINER = "transformers.trainer"
+"""Its import takes a second and brings much along that who only generates does without: see `when_imported`."""
 
 Load = Callable[[Any, str], object]
 """Reads the adapters in a folder into a model that has such adapters, or raises."""
+Numbers = Callable[[nn.Module], dict[str, float] | None]
+"""What the monitor on a model has measured last, by a name; None for a model without a monitor."""
 
 
 def teach_trainer(load: Load) -> None:
-    """Let every `Trainer` resume from folders of adapters, and find its best model there, by `load`.
-
-    If its module is not imported yet, it is taught when it is: the import takes a second and brings much along that
-    who only generates does without.
-    """
-    if TRAINER in sys.modules:
-        _teach(sys.modules[TRAINER], load)
-    else:
-        sys.meta_path.insert(0, _OnImport(load))
+    """Let every `Trainer` resume from folders of adapters, and find its best model there, by `load`."""
+    when_imported(TRAINER, functools.partial(_teach, load=load))
 
 
-@dataclass(eq=False)
-class _OnImport(MetaPathFinder):
-    """Finds the Trainer's module where Python does, and teaches it once it has run."""
+def tell_trainer_of_monitors(numbers: Numbers) -> None:
+    """Let every `Trainer` log the numbers of its model's monitor, for whatever it reports to."""
+    when_imported(TRAINER, functools.partial(_teach_logging, numbers=numbers))
 
-    load: Load
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname == TRAINER else None
-        if spec is None or spec.loader is None:
-            return None
-        run = spec.loader.exec_module
+def _teach_logging(module: Any, numbers: Numbers) -> None:
+    """Give each `Trainer` that begins to train a callback, before those that report."""
 
-        def run_and_teach(module: ModuleType) -> None:
-            run(module)
-            _teach(module, self.load)
+    class MonitorCallback(module.TrainerCallback):  # type: ignore[misc]
+        """Adds what the model's monitor has measured since the last time to what the Trainer logs."""
 
-        vars(spec.loader)["exec_module"] = run_and_teach
-        return spec
+        def __init__(self) -> None:
+            self.logged: dict[str, float] | None = None
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
+            found = numbers(model)
+            if found and found != self.logged:
+                self.logged = found
+                for row in (logs, state.log_history[-1]):
+                    row.update(found)
+
+    trainer = module.Trainer
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        callbacks = self.callback_handler.callbacks
+        if numbers(self.model) is not None and not any(isinstance(one, MonitorCallback) for one in callbacks):
+            callbacks.insert(0, MonitorCallback())
+        return train(self, *args, **kwargs)
+
+    trainer.train = train_and_tell
 
 
 def _teach(module: Any, load: Load) -> None:

@@ -1,8 +1,8 @@
-"""Measures one forward of a model by hooks that are there for that forward alone."""
+"""`Meter`: measures one forward of a model, and the backward pass that follows, by hooks that are there meanwhile."""
 
 from __future__ import annotations
 
-import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,50 +11,86 @@ from torch import Tensor, nn
 
 from ..distributed.collectives import OBSERVERS
 from ..model.modules import attention_modules, expert_modules
-from ..model.plain import sink_share
+from ..model.sinks import sink_share
+from .clock import Clock
+
+HEAD, DECODER = "head and loss", "other"
+"""The parts that lie around all others."""
+COMMUNICATION = "communication"
+
+
+class Traffic:
+    """Is told of the collectives of this process, and makes them.
+
+    Attributes:
+        counts: bytes, calls and seconds.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.counts = {"bytes": 0.0, "calls": 0.0, "seconds": 0.0}
+        self._clock = clock
+
+    def __call__(self, kind: str, num_bytes: int, call: Callable[[], object]) -> None:
+        begun = self._clock.seconds[COMMUNICATION]
+        self._clock.begin(COMMUNICATION)
+        call()
+        self._clock.end()
+        self.counts["seconds"] += self._clock.seconds[COMMUNICATION] - begun
+        self.counts["bytes"] += num_bytes
+        self.counts["calls"] += 1
 
 
 class Meter:
-    """Hooks on attention, experts and routers while a forward runs; a context.
+    """A context around one forward: hooks on attention, experts and decoder; and on what their gradients pass.
+
+    It holds no model. From its beginning until `close`, or its end, collectives are counted.
 
     Attributes:
-        parts: seconds by part.
-        load: tokens of each expert, by layer.
-        sinks: the part of attention that goes to sinks, by layer.
+        clock: seconds by part.
         collectives: bytes, calls and seconds.
     """
 
     def __init__(self, model: Any, *, sinks: bool) -> None:
-        self.model, self.with_sinks = model, sinks
-        self.parts = {"attention": 0.0, "experts": 0.0, "decoder": 0.0}
-        self.collectives = {"bytes": 0.0, "calls": 0.0, "seconds": 0.0}
+        self.clock = Clock(model.device)
+        self._traffic = Traffic(self.clock)
+        self.collectives = self._traffic.counts
         self._load: list[Tensor] = []
         self._sinks: list[Tensor | None] = []
-        self._began: dict[int, float] = {}
         self._handles: list[Any] = []
-        self.seconds = 0.0
+        experts = [module for _, module in expert_modules(model)]
+        attention = [module for _, module in attention_modules(model)]
+        for part, modules in (("attention", attention), ("experts", experts), (DECODER, [model.base_model])):
+            for module in modules:
+                begin, end = self._beginning(part), self._ending(part)
+                self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(end))
+        count = self._counting(model.config.num_local_experts)
+        self._handles += [module.register_forward_pre_hook(count) for module in experts]
+        if sinks:
+            look = self._look_at_sinks
+            self._handles += [module.register_forward_hook(look, with_kwargs=True) for module in attention]
 
     def __enter__(self) -> Meter:
-        attention = [module for _, module in attention_modules(self.model)]
-        experts = [module for _, module in expert_modules(self.model)]
-        for part, modules in (("attention", attention), ("experts", experts), ("decoder", [self.model.base_model])):
-            for module in modules:
-                self._handles.append(module.register_forward_pre_hook(self._begin))
-                self._handles.append(module.register_forward_hook(self._ending(part)))
-        for module in experts:
-            self._handles.append(module.register_forward_pre_hook(self._count))
-        if self.with_sinks:
-            for module in attention:
-                self._handles.append(module.register_forward_hook(self._look_at_sinks, with_kwargs=True))
-        OBSERVERS.append(self._meet)
-        self._start = self._now()
+        OBSERVERS.append(self._traffic)
+        # A model whose backward pass never comes may be gone one day, and this with it.
+        self._closing = weakref.finalize(self, OBSERVERS.remove, self._traffic)
+        self.clock.begin(HEAD)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.seconds = self._now() - self._start
-        OBSERVERS.remove(self._meet)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.clock.stop()
         for handle in self._handles:
             handle.remove()
+        if kind is not None:
+            self.close()
+
+    def follow(self, result: Tensor) -> None:
+        """Measure the backward pass from what the forward gave, too."""
+        self._when_differentiated(result, HEAD)
+
+    def close(self) -> None:
+        """Measure no more."""
+        self._closing()
 
     @property
     def load(self) -> list[list[int]]:
@@ -66,32 +102,47 @@ class Meter:
         """The part of attention that goes to sinks, by layer."""
         return [None if one is None else float(one) for one in self._sinks]
 
-    def _now(self) -> float:
-        # Parts of a forward on a GPU are told apart by waiting for each: that is why not every step is measured.
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+    def _beginning(self, part: str) -> Callable[..., None]:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Its gradient is the last that the backward pass of this module gives.
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if part != DECODER and isinstance(hidden, Tensor):
+                self._when_differentiated(hidden, DECODER)
+            self.clock.begin(part)
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._began[id(module)] = self._now()
+        return begin
 
     def _ending(self, part: str) -> Callable[..., None]:
         def end(module: nn.Module, args: Any, out: Any) -> None:
-            self.parts[part] += self._now() - self._began.pop(id(module))
+            self.clock.end()
+            given = out if isinstance(out, Tensor) else out[0]
+            if isinstance(given, Tensor):
+                self._when_differentiated(given, part)
 
         return end
 
-    def _count(self, module: Any, args: Any) -> None:
-        indices = args[1]
-        inside = indices[(indices >= 0) & (indices < self.model.config.num_local_experts)]
-        self._load.append(inside.flatten().bincount(minlength=self.model.config.num_local_experts))
+    def _when_differentiated(self, tensor: Tensor, part: str) -> None:
+        """Turn the clock to a part when the gradient of a tensor is there."""
+        if not tensor.requires_grad:
+            return
+
+        def turn(gradient: Tensor) -> None:
+            if not self._closing.alive:
+                return
+            if not self.clock.runs:
+                engine: Any = torch.autograd.Variable._execution_engine
+                engine.queue_callback(self.clock.stop)  # at the end of this backward pass
+            self.clock.turn_to(part)
+
+        tensor.register_hook(turn)
+
+    def _counting(self, num_experts: int) -> Callable[..., None]:
+        def count(module: Any, args: Any) -> None:
+            indices = args[1]
+            inside = indices[(indices >= 0) & (indices < num_experts)]
+            self._load.append(inside.flatten().bincount(minlength=num_experts))
+
+        return count
 
     def _look_at_sinks(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         self._sinks.append(sink_share(module, kwargs))
-
-    def _meet(self, kind: str, num_bytes: int, call: Callable[[], object]) -> None:
-        begin = self._now()
-        call()
-        self.collectives["seconds"] += self._now() - begin
-        self.collectives["bytes"] += num_bytes
-        self.collectives["calls"] += 1

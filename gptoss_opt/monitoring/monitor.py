@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import psutil
 import torch
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..core import CompatibilityError
-from ..core.record import record_of, standing
-from ..distributed import local_part
+from ..core.record import mesh_of, record_of, standing
+from ..distributed import ModelMesh
+from ..model.implementations import IMPLEMENTATION, implementation_of
 from ..table import Table
-from . import outputs
+from . import outputs, pictures
 from .meter import Meter
-from .step import PARTS, Step
+from .ranks import over_ranks
+from .step import Step
 
 KEPT = 10_000
 """How many steps are kept."""
@@ -30,79 +33,114 @@ SINKS_EVERY = 10
 
 
 @dataclass(eq=False)
+class Opened:
+    """A step whose backward pass may still come."""
+
+    step: Step
+    meter: Meter
+    device: torch.device
+    mesh: ModelMesh | None
+
+
+@dataclass(eq=False)
 class Monitor:
-    """Counts the forwards of a model, and measures one of every few. Plain data, so that models can be copied.
+    """Counts the forwards of a model, and measures one of every few. Can be copied and pickled with its model.
+
+    A step that trains is done when an optimizer made its step, or the next forward begins.
 
     Attributes:
         every: how many forwards there are from one that is measured to the next.
         to: where steps are written.
         calls: how many forwards there were.
-        steps: the last ones that were measured.
     """
 
     every: int
     to: tuple[str, ...]
     calls: int = 0
-    steps: list[Step] = field(default_factory=list[Step])
-    grad_norm: float | None = None
+    _steps: list[Step] = field(default_factory=list[Step])
     _tokens: int = 0
     _since: float | None = None
+    _opened: Opened | None = None
+
+    @property
+    def steps(self) -> list[Step]:
+        """The last steps that were measured."""
+        # Ranks put a step together all at once, and this one may be asked alone.
+        if self._opened is not None and self._opened.mesh is None:
+            self.close()
+        return self._steps
 
     def forward(self, model: Any, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A forward of the model, measured if it is its turn."""
+        self.close()
         self.calls += 1
         tokens = _tokens_of(args, kwargs)
         if (self.calls - 1) % self.every or _captured(model):
             self._tokens += tokens
             return inner(*args, **kwargs)
         check_standing(model)
-        begin, since, before = time.perf_counter(), self._since, self._tokens
-        _forget_peak(model)
-        with Meter(model, sinks=not len(self.steps) % SINKS_EVERY) as meter:
+        now = time.perf_counter()
+        rate = None if self._since is None else self._tokens / (now - self._since)
+        with Meter(model, sinks=not len(self._steps) % SINKS_EVERY) as meter:
             out = inner(*args, **kwargs)
-        MEASURED[model] = self
-        step = self._step(model, meter, out, tokens, None if since is None else before / (begin - since))
-        self._tokens, self._since, self.grad_norm = tokens, begin, None
-        self.steps = [*self.steps[-KEPT + 1 :], step]
-        if _writes(model):
-            for to in self.to:
-                outputs.write(to, step)
+        self._tokens, self._since = tokens, now
+        self._opened = Opened(self._step(model, meter, out, tokens, rate), meter, model.device, mesh_of(model))
+        result = _result(out)
+        if result is not None and result.requires_grad:
+            meter.follow(result)
+            TRAINED[model] = self
+        else:
+            self.close()
         return out
 
     def _step(self, model: Any, meter: Meter, out: Any, tokens: int, rate: float | None) -> Step:
-        parts, loss = meter.parts, getattr(out, "loss", None)
-        meeting = meter.collectives["seconds"]
-        decoder = parts["decoder"] or meter.seconds
-        times = {
-            "attention": parts["attention"],
-            "experts": parts["experts"],
-            "communication": meeting,
-            # Collectives are within attention, experts and the rest: what is left is not less than nothing.
-            "other": max(0.0, decoder - parts["attention"] - parts["experts"]),
-            "head and loss": max(0.0, meter.seconds - decoder),
-        }
-        memory, peak = _memory(model)
+        memory, peak = _memory(model.device)
+        loss = getattr(out, "loss", None)
         return Step(
             number=self.calls,
             tokens=tokens,
-            seconds=meter.seconds,
-            parts=times,
+            parts=meter.clock.seconds,
             tokens_per_second=rate,
             loss=None if loss is None else float(loss.detach()),
-            grad_norm=self.grad_norm,
+            grad_norm=None,
             memory=memory,
             peak=peak,
             planned=getattr(getattr(model, "plan", None), "peak_bytes", None),
             collectives=meter.collectives,
             load=meter.load,
             sinks=meter.sinks,
-            utilisation=_utilisation(model),
+            utilisation=_utilisation(model.device),
+            kernels={part: implementation_of(model.config, part) for part in IMPLEMENTATION},
         )
+
+    def note_gradients(self, model: nn.Module) -> None:
+        """Note the norm of all gradients of the model in the step that is open."""
+        if self._opened is not None:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            self._opened.step = replace(self._opened.step, grad_norm=_norm(gradients))
+
+    def close(self) -> None:
+        """Complete the step that is open, if there is one, and write it; ranks that share the model do so together."""
+        opened, self._opened = self._opened, None
+        if opened is None:
+            return
+        opened.meter.close()
+        memory, peak = _memory(opened.device)
+        step = replace(opened.step, memory=memory, peak=peak)
+        if opened.mesh is not None:
+            step = over_ranks(step, opened.mesh, opened.device)
+        self._steps = [*self._steps[-KEPT + 1 :], step]
+        if opened.mesh is None or opened.mesh.is_first:
+            for to in self.to:
+                outputs.write(to, step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is still open belongs to this process.
+        return {**vars(self), "_steps": list(self.steps), "_opened": None}
 
     def report(self, last: int = 10) -> Table:
         """The last steps as a table."""
-        headings = ("step", "tokens/s", *PARTS, "memory", "loss", "gradient norm", "imbalance")
-        return Table(headings, [_row(step) for step in self.steps[-last:]])
+        return pictures.table(self.steps[-last:])
 
     def plot(self, path: str | None = None) -> Any:
         """Loss, throughput, memory and the load of experts as a picture (needs matplotlib); saved at `path` if given.
@@ -110,63 +148,42 @@ class Monitor:
         Raises:
             ImportError: matplotlib is not installed: pip install "gptoss-opt[train]".
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 7), layout="constrained")
-        axes: Any = figure.subplots(2, 2)
-        numbers = [step.number for step in self.steps]
-        for place, title, values in (
-            (axes[0, 0], "loss", [step.loss for step in self.steps]),
-            (axes[0, 1], "tokens/s", [step.tokens_per_second for step in self.steps]),
-            (axes[1, 0], "memory, GB", [step.memory / 1e9 for step in self.steps]),
-        ):
-            known = [(number, value) for number, value in zip(numbers, values, strict=True) if value is not None]
-            place.plot([one for one, _ in known], [value for _, value in known])
-            place.set_title(title)
-            place.set_xlabel("step")
-        if self.steps and self.steps[-1].load:
-            shown = axes[1, 1].imshow([list(layer) for layer in self.steps[-1].load], aspect="auto")
-            figure.colorbar(shown, ax=axes[1, 1])
-        axes[1, 1].set_title("tokens of each expert, by layer")
+        figure = pictures.figure(self.steps)
         if path is not None:
             figure.savefig(path)
         return figure
 
 
-MEASURED: WeakKeyDictionary[nn.Module, Monitor] = WeakKeyDictionary()
-"""The models whose last forward was measured."""
+TRAINED: WeakKeyDictionary[nn.Module, Monitor] = WeakKeyDictionary()
+"""The models whose last forward was measured, and waits for an optimizer."""
 
 
-def _row(step: Step) -> Sequence[str]:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    shares = [f"{step.parts[part] / step.seconds:.0%}" for part in PARTS]
-    return (
-        str(step.number),
-        number(step.tokens_per_second, ",.1f"),
-        *shares,
-        f"{step.memory / 1e9:,.2f} GB",
-        number(step.loss, ".4f"),
-        number(step.grad_norm, ".4g"),
-        number(step.imbalance, ".2f"),
-    )
+def _before_optimizer(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Note the norm of the gradients, before the optimizer's step changes or drops them."""
+    for model, monitor in _trained_by(optimizer):
+        monitor.note_gradients(model)
 
 
-def _note_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Note the norm of the gradients of models whose last forward was measured."""
-    if not MEASURED:
-        return
+def _after_optimizer(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """The optimizer has made its step, and with it the step that is open is done."""
+    for model, monitor in _trained_by(optimizer):
+        del TRAINED[model]
+        monitor.close()
+
+
+def _trained_by(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Module, Monitor]]:
+    if not TRAINED:
+        return []
     mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for model, monitor in list(MEASURED.items()):
-        found = [p.grad for p in model.parameters() if p.grad is not None and id(p) in mine]
-        if found:
-            squares = [float(local_part(one).double().pow(2).sum()) for one in found]
-            monitor.grad_norm = math.sqrt(sum(squares))
-            del MEASURED[model]
+    return [
+        (model, monitor)
+        for model, monitor in list(TRAINED.items())
+        if any(parameter.grad is not None and id(parameter) in mine for parameter in model.parameters())
+    ]
 
 
-register_optimizer_step_pre_hook(_note_gradients)
+register_optimizer_step_pre_hook(_before_optimizer)
+register_optimizer_step_post_hook(_after_optimizer)
 
 
 def check_standing(model: nn.Module) -> None:
@@ -183,6 +200,24 @@ def check_standing(model: nn.Module) -> None:
         )
 
 
+def _norm(gradients: list[Tensor]) -> float:
+    """The norm of gradients, each of which may be spread over ranks; all of those must ask for it."""
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for one in gradients:
+        by_mesh.setdefault(one.device_mesh if isinstance(one, DTensor) else None, []).append(one)
+    norms = [torch.nn.utils.get_total_norm(some) for some in by_mesh.values()]
+    return math.hypot(*(float(one.full_tensor() if isinstance(one, DTensor) else one) for one in norms))
+
+
+def _result(out: Any) -> Tensor | None:
+    """The loss that a forward gave, or else the first tensor."""
+    loss = getattr(out, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    given = (out,) if isinstance(out, Tensor) else out.values() if hasattr(out, "values") else out
+    return next((one for one in given if isinstance(one, Tensor)), None)
+
+
 def _tokens_of(args: Any, kwargs: Any) -> int:
     given = args[0] if args else kwargs.get("input_ids")
     if given is None:
@@ -196,26 +231,17 @@ def _captured(model: Any) -> bool:
     return model.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _writes(model: nn.Module) -> bool:
-    mesh = record_of(model).mesh
-    return mesh is None or getattr(mesh, "is_first", True)
-
-
-def _forget_peak(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-
-
-def _memory(model: Any) -> tuple[int, int]:
-    if model.device.type == "cuda":
-        return torch.cuda.memory_allocated(model.device), torch.cuda.max_memory_allocated(model.device)
+def _memory(device: torch.device) -> tuple[int, int]:
+    """The bytes held now, and the most so far: of a peak that a user measures nothing is forgotten here."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _utilisation(model: Any) -> int | None:
-    if model.device.type != "cuda":
+def _utilisation(device: torch.device) -> int | None:
+    if device.type != "cuda":
         return None
     try:
-        return int(torch.cuda.utilization(model.device))
+        return int(torch.cuda.utilization(device))
     except (ModuleNotFoundError, RuntimeError):  # NVML is not there
         return None

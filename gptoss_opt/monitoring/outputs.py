@@ -45,6 +45,11 @@ def write(to: str, step: Step) -> None:
         _writer(to)(step)
 
 
+def named(step: Step) -> dict[str, float]:
+    """The numbers of a step by the names that dashboards have them under, beside those of others."""
+    return {f"gptoss_opt/{name}": value for name, value in step.numbers().items()}
+
+
 @cache
 def _writer(to: str) -> Callable[[Step], None]:
     if to == "tensorboard":
@@ -53,11 +58,11 @@ def _writer(to: str) -> Callable[[Step], None]:
         board: Any = SummaryWriter()
 
         def to_board(step: Step) -> None:
-            for name, value in step.numbers().items():
-                board.add_scalar(f"gptoss_opt/{name}", value, step.number)
+            for name, value in named(step).items():
+                board.add_scalar(name, value, step.number)
 
         return to_board
     module: Any = importlib.import_module(to)
     if to == "wandb":
-        return lambda step: module.log({f"gptoss_opt/{k}": v for k, v in step.numbers().items()})
-    return lambda step: module.log_metrics({f"gptoss_opt/{k}": v for k, v in step.numbers().items()}, step=step.number)
+        return lambda step: module.log(named(step))
+    return lambda step: module.log_metrics(named(step), step=step.number)

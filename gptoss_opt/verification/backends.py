@@ -8,21 +8,15 @@ from ..kernels.attention import BACKENDS as ATTENTION_BACKENDS
 from ..kernels.experts import DENSE_BACKENDS, PACKED_BACKENDS, PackedWeights
 from ..model.attention import KEY, attention_request
 from ..model.experts import experts_request, weights_held
+from ..model.implementations import IMPLEMENTATION, implementation_of
 from .ranks import VerifyingRanks
-
-IMPLEMENTATION = {"attention": "_attn_implementation", "experts": "_experts_implementation"}
-"""Where a config names what computes a part."""
-
-
-def backend_of(config: Any, part: str) -> str:
-    """The backend that computes a part now."""
-    return str(getattr(config, IMPLEMENTATION[part])).removeprefix(KEY.format(""))
 
 
 def other_backends(model: Any, ranks: VerifyingRanks) -> dict[str, list[str]]:
     """The other backends of attention and of experts that serve on all ranks, in the same order on all of them."""
     found: dict[str, list[str]] = {}
-    said = ranks.exchange({part: [backend_of(model.config, part), _serving(model, part)] for part in IMPLEMENTATION})
+    mine = {part: [implementation_of(model.config, part), _serving(model, part)] for part in IMPLEMENTATION}
+    said = ranks.exchange(mine)
     for part in IMPLEMENTATION:
         chosen, serving = zip(*(each[part] for each in said), strict=True)
         found[part] = [

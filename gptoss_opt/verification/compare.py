@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.attention import KEY
-from .backends import IMPLEMENTATION
+from ..model.implementations import IMPLEMENTATION
 from .drift import Drift, epsilon, share_of
 from .probe import implementation
 

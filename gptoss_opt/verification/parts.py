@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import with_whole_parameters
+from ..model.implementations import implementation_of
 from ..model.plain import (
     plain_attention,
     plain_embedding,
@@ -24,7 +25,6 @@ from ..model.plain import (
     plain_rotary,
     plain_router,
 )
-from .backends import backend_of
 from .compare import by_others, compared, differentiated, wide
 from .drift import Drift, epsilon, share_of
 from .probe import Call, Calls, first_tensor
@@ -50,7 +50,7 @@ class Recorded:
 
     def attention(self, layer: int, module: Any) -> Iterator[Drift]:
         """Attention, forward, decoding, by other backends, and differentiated if asked for."""
-        call, name, seen = self.whole[module][-1], backend_of(module.config, "attention"), self.seen
+        call, name, seen = self.whole[module][-1], implementation_of(module.config, "attention"), self.seen
         plain = with_whole_parameters(module, partial(plain_attention, module))
 
         def exact(places: tuple[Tensor, Tensor], hidden: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Recorded:
 
     def experts(self, layer: int, module: Any) -> Iterator[Drift]:
         """The experts, forward, decoding, by other backends, and differentiated if asked for."""
-        call, step, name = self.whole[module][-1], self.stepped[module][-1], backend_of(module.config, "experts")
+        call, step, name = self.whole[module][-1], self.stepped[module][-1], implementation_of(module.config, "experts")
         plain = with_whole_parameters(module, partial(plain_experts, module))
 
         def exact(call: Call, hidden: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import nn
 from ..core import Attachment, Host, Phase, Report, Wrapper, takes_model
 from ..core.record import record_of
 from ..model.host import GPT_OSS
+from ..model.trainer import tell_trainer_of_monitors
 from ..monitoring.monitor import Monitor
-from ..monitoring.outputs import why_not
+from ..monitoring.outputs import named, why_not
 
 MONITORED = "who measures forwards"
 """A slot of a model: see `Wrapper`."""
@@ -64,10 +65,11 @@ def monitored(monitor: Monitor, model: Any, inner: Callable[..., Any], *args: An
 def with_monitor(*, every: int = 10, to: tuple[str, ...] = ("log",)) -> WithMonitor:
     """Measure one of every few forwards: where its time goes, memory, loss, and how the experts are used.
 
-    Changes no number, and nothing of the forwards between. A measured one has hooks on attention, experts and routers
-    for as long as it runs, and on a GPU waits for each part. Before it is measured, what each wrapper set on the model
-    is looked at: where something else would compute, it is an error. `monitor_of(model)` has the steps, a `report()`
-    and a `plot()`. A model that is compiled afterwards is not measured.
+    Changes no number, and nothing of the forwards between. A measured one has hooks on attention and experts for as
+    long as it and its backward pass run, and on a GPU waits for each part. Before it is measured, what each wrapper set
+    on the model is looked at: where something else would compute, it is an error. `monitor_of(model)` has the steps, a
+    `report()` and a `plot()`; transformers' Trainer logs them with its own numbers. A model that is compiled afterwards
+    is not measured.
 
     Args:
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a
@@ -100,7 +102,21 @@ def monitor_of(model: nn.Module) -> Monitor:
         >>> monitor_of(with_monitor(model)).calls
         0
     """
-    for applied in record_of(model).applied:
-        if isinstance(applied.state, Monitor):
-            return applied.state
-    raise ValueError("there is no monitor on this model. Apply with_monitor(model) first.")
+    found = _monitor_on(model)
+    if found is None:
+        raise ValueError("there is no monitor on this model. Apply with_monitor(model) first.")
+    return found
+
+
+def _monitor_on(model: nn.Module) -> Monitor | None:
+    states = (applied.state for applied in record_of(model).applied)
+    return next((state for state in states if isinstance(state, Monitor)), None)
+
+
+def last_numbers(model: nn.Module) -> dict[str, float] | None:
+    """What the monitor on a model has measured last, as dashboards draw it; None without a monitor."""
+    monitor = _monitor_on(model)
+    return None if monitor is None else named(monitor.steps[-1]) if monitor.steps else {}
+
+
+tell_trainer_of_monitors(last_numbers)

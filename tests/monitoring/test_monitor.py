@@ -6,17 +6,20 @@ import copy
 import json
 import logging
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gptoss_opt import (
     CompatibilityError,
     ContinuousBatcher,
     compose,
+    explain,
     monitor_of,
     optimize,
     undo,
@@ -27,8 +30,9 @@ from gptoss_opt import (
     with_monitor,
     with_mxfp4_experts,
 )
-from gptoss_opt.model.plain import sink_share
-from gptoss_opt.monitoring import monitor as module
+from gptoss_opt.distributed.collectives import OBSERVERS
+from gptoss_opt.model.sinks import sink_share
+from gptoss_opt.model.training import CHECKPOINTING
 from gptoss_opt.monitoring import outputs
 from tests.helpers import ids, relative, tiny_model
 
@@ -71,18 +75,117 @@ def test_what_is_measured() -> None:
         optimizer.step()
         optimizer.zero_grad()
     first, second, last = monitor_of(model).steps
-    assert (first.grad_norm, first.tokens_per_second) == (None, None)
-    assert last.grad_norm == pytest.approx(norms[0], rel=1e-5)
+    assert first.tokens_per_second is None
+    assert [step.grad_norm for step in (first, second, last)] == pytest.approx(norms[::2], rel=1e-5)
     assert second.tokens_per_second is not None
     assert last.tokens == ids().numel()
-    assert sum(last.parts.values()) == pytest.approx(last.seconds, rel=0.05)
-    assert all(value >= 0 for value in last.parts.values())
-    assert 0 < last.parts["attention"] < last.seconds
+    assert last.kernels == {"attention": explain(model).rows[0].backend, "experts": "grouped_mm"}
+    assert last.parts["communication"] == 0
+    assert all(value > 0 for part, value in last.parts.items() if part != "communication")
     assert 0 < last.memory <= last.peak * 1.1
     # Every token goes to some experts, in each layer.
     assert [sum(layer) for layer in last.load] == [ids().numel() * model.config.num_experts_per_tok] * 3
     assert last.imbalance == max(max(layer) / (sum(layer) / len(layer)) for layer in last.load)
     assert 1 <= last.imbalance <= model.config.num_local_experts
+
+
+def test_the_backward_pass_is_measured_too() -> None:
+    model = with_monitor(with_flash_attention(tiny_model(hidden_size=128)), every=1, to=()).train()
+    tokens = torch.cat([ids(seed=seed) for seed in range(8)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    forward, both = 0.0, 0.0
+    for _ in range(6):
+        begin = time.perf_counter()
+        loss = model(tokens, labels=tokens).loss
+        forward += time.perf_counter() - begin
+        loss.backward()
+        both += time.perf_counter() - begin
+        # Neither what comes between the passes and the optimizer, nor the optimizer.
+        time.sleep(0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+    steps = monitor_of(model).steps
+    assert sum(step.seconds for step in steps) == pytest.approx(both, rel=0.1)
+    # Negative control: the forwards alone are far less.
+    assert forward < 0.8 * both
+    for part in ("attention", "experts", "head and loss"):
+        with torch.no_grad():
+            model(tokens, labels=tokens)
+        assert monitor_of(model).steps[-1].parts[part] < steps[-1].parts[part]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_are_computed_again(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    expected = train(STACK(tiny_model()).train(), 3)
+    torch.manual_seed(0)
+    model = compose(STACK, with_monitor(every=1, to=()))(tiny_model()).train()
+    getattr(model, CHECKPOINTING)({"use_reentrant": reentrant})
+    assert train(model, 3) == pytest.approx(expected, rel=1e-6)
+    # What is computed again is not counted again.
+    assert [len(step.load) for step in monitor_of(model).steps] == [3] * 3
+    assert all(step.parts["experts"] > 0 for step in monitor_of(model).steps)
+
+
+def test_a_step_is_done_when_the_optimizer_is(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    model = with_monitor(tiny_model(), every=1, to=(str(path),)).train()
+    optimizers = [torch.optim.SGD([one], lr=0.0) for one in model.parameters()]
+    model(ids(), labels=ids()).loss.backward()
+    assert not path.exists()
+    norm = float(torch.nn.utils.get_total_norm([one.grad for one in model.parameters()]))
+    other = torch.nn.Parameter(torch.ones(1))
+    other.grad = torch.ones(1)
+    torch.optim.SGD([other]).step()  # of no parameter of the model
+    assert not path.exists()
+    for optimizer in optimizers:
+        optimizer.step()
+    # The norm is that of all gradients, whichever optimizer is first.
+    assert [json.loads(line)["grad_norm"] for line in path.read_text().splitlines()] == pytest.approx([norm])
+    # A forward without an optimizer is done when the next one begins.
+    model(ids(), labels=ids())
+    model(ids(), labels=ids())
+    assert len(path.read_text().splitlines()) == 2
+    assert len(monitor_of(model).steps) == 3
+
+
+def test_a_forward_that_fails_leaves_nothing() -> None:
+    model = with_monitor(tiny_model(), every=1, to=())
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids())
+    handle.remove()
+    assert not OBSERVERS
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.model.layers.modules())
+    with torch.no_grad():
+        model(ids())
+    assert [step.number for step in monitor_of(model).steps] == [2]
+    assert not OBSERVERS
+
+
+def test_trainers_log_it(tmp_path: Path) -> None:
+    model = with_monitor(STACK(tiny_model()), every=2, to=()).train()
+    settings = TrainingArguments(str(tmp_path), max_steps=6, logging_steps=2, report_to=[], use_cpu=True)
+    seen: list[dict[str, float]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            seen.append(dict(logs))
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.cat([ids(seed=seed) for seed in range(8)])]
+    trainer = Trainer(model, settings, train_dataset=rows, callbacks=[Reporter()])
+    trainer.train()
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    steps = monitor_of(model).steps
+    assert [step.number for step in steps] == [1, 3, 5]
+    for row, reported, step in zip(history, seen, steps, strict=False):
+        expected = {f"gptoss_opt/{name}": value for name, value in step.numbers().items()}
+        assert {name: value for name, value in row.items() if name in expected} == expected
+        assert {name: value for name, value in reported.items() if name in expected} == expected
+    # Negative control: without a monitor there is nothing.
+    undo(model, with_monitor)
+    trainer.train()
+    assert not any(name.startswith("gptoss_opt/") for row in trainer.state.log_history[-2:] for name in row)
 
 
 def test_the_sinks_are_what_eager_attention_gives_them() -> None:
@@ -138,8 +241,7 @@ def test_where_steps_are_written(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     path = tmp_path / "steps.jsonl"
     model = with_monitor(tiny_model(), every=1, to=("log", str(path)))
     with caplog.at_level(logging.INFO, "gptoss_opt"):
-        model(ids(), labels=ids())
-        model(ids(), labels=ids())
+        train(model, 2)
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 1", "step 2"]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["number"] for row in rows] == [1, 2]
@@ -151,7 +253,8 @@ def test_dashboards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(outputs, "_writer", lambda to: lambda step: written.append(step.numbers()))
     model = with_monitor(tiny_model(), every=1, to=("wandb",))
-    model(ids(), labels=ids())
+    with torch.no_grad():
+        model(ids(), labels=ids())
     assert {"loss", "memory", "seconds/attention", "seconds/head_and_loss", "imbalance"} <= set(written[0])
     assert "grad_norm" not in written[0]
 
@@ -207,7 +310,6 @@ def test_models_are_copied_and_pickled_and_it_comes_off() -> None:
     undo(model)
     with pytest.raises(ValueError, match="no monitor"):
         monitor_of(model)
-    assert not module.MEASURED or model in module.MEASURED
 
 
 def test_the_loss_is_that_of_the_model() -> None:

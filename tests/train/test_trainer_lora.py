@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from gptoss_opt import CheckpointError, load_adapter, undo, with_flash_attention, with_mxfp4_experts
 from gptoss_opt.model import trainer as teaching
+from gptoss_opt.model.on_import import OnImport
 from tests.helpers import ids, relative, tiny_model
 from tests.train.twins import adapted, assert_only_adapters_changed, in_peft, plain, values
 
@@ -216,7 +217,7 @@ def test_the_trainer_is_taught_whenever_it_is_imported(
     name = f"a_trainer_after_{first.replace(' ', '_')}"
     (tmp_path / f"{name}.py").write_text(A_TRAINER)
     monkeypatch.syspath_prepend(tmp_path)
-    others = [one for one in sys.meta_path if type(one).__module__ != teaching.__name__]
+    others = [one for one in sys.meta_path if not isinstance(one, OnImport)]
     monkeypatch.setattr(sys, "meta_path", others)
     monkeypatch.setattr(teaching, "TRAINER", name)
     if first == "ours":
