@@ -6,7 +6,6 @@ at its peak, above what it was before anything was loaded.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -122,8 +121,8 @@ class Largest(Case):
 
     def run(self, made: Path, repeats: int) -> list[Point]:
         def planned(number: int) -> Plan:
-            sizes = {"context": OF_A_BATCH, self.size: number}
-            return plan(made, hardware=MACHINE, task=self.task, **sizes)
+            context, batch = (number, 1) if self.size == "context" else (OF_A_BATCH, number)
+            return plan(made, hardware=MACHINE, task=self.task, context=context, batch=batch)
 
         # Of what cannot be, a plan names the largest that can.
         largest = getattr(planned(FAR), f"max_{self.size}")
@@ -160,7 +159,7 @@ def peak_of(path: Path, stack: Stack, work: Workload, ranks: int = 1) -> int:
     with tempfile.TemporaryDirectory() as folder:
         store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         spawn(on_rank, (store.port, ranks, path, stack.to_json(), work, Path(folder)), nprocs=ranks)
-        return max(json.loads(file.read_text()) for file in Path(folder).iterdir())
+        return max(int(file.read_text()) for file in Path(folder).iterdir())
 
 
 def on_rank(rank: int, port: int, ranks: int, path: Path, stack: str, work: Workload, folder: Path) -> None:
@@ -173,7 +172,7 @@ def on_rank(rank: int, port: int, ranks: int, path: Path, stack: str, work: Work
     before = forget_peak()
     model = load(path, Stack.from_json(stack))
     do(model, work)
-    (folder / str(rank)).write_text(json.dumps(resident("VmHWM") - before))
+    (folder / str(rank)).write_text(str(resident("VmHWM") - before))
     if ranks > 1:
         distributed.barrier()
         distributed.destroy_process_group()

@@ -140,7 +140,8 @@ def _from_json(name: str, options: dict[str, Any]) -> Any:
 
 def _belongs_to_this_run(value: object) -> Any:
     raise TypeError(
-        f"{value!r} belongs to this run, and JSON cannot hold it. Give the wrapper `degree` instead of a mesh."
+        f"{value!r} belongs to this run, and JSON cannot hold it. Give the wrapper `degree` instead of a mesh, or the "
+        "shape of the mesh: {'ep': 2, 'tp': 8}."
     )
 
 

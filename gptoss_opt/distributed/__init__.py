@@ -11,7 +11,7 @@ from .collectives import (
     mean_gradient,
 )
 from .local import Rule, attributes, refuse_foreign, with_local_parameters, with_whole_parameters
-from .mesh import axis_of, bound_axis, check_axis, init_distributed, ranks_of, why_no_axis
+from .mesh import Shape, as_data, axis_of, bound_axis, check_axis, init_distributed, ranks_of, why_no_axis
 from .model_mesh import ModelMesh, Region
 from .parts import local_part, sum_of_parts
 from .split import balance_experts, split

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import functools
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -23,6 +24,9 @@ LAUNCH = "torchrun --nproc-per-node 2 your_script.py"
 
 NEIGHBOURS = "tp"
 """The axis of neighbouring processes, where a degree was given and no mesh."""
+
+Shape = tuple[tuple[str, int], ...]
+"""A mesh of all processes as data: the name of each axis and how many ranks are along it, neighbours along the last."""
 
 
 def init_distributed(
@@ -78,12 +82,39 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
-def check_axis(mesh: object, degree: object, what: str) -> None:
-    """Raise `TypeError` or `ValueError` unless these can be a mesh axis and a number of ranks."""
-    if mesh is not None and not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"{what}: mesh is {mesh!r}, not an axis of a DeviceMesh, such as init_distributed()['tp'].")
+def as_data(mesh: DeviceMesh | Mapping[str, int] | Shape | None) -> DeviceMesh | Shape | None:
+    """A mesh as wrappers keep it: one that is said as a mapping becomes pairs, which can be compared and hashed.
+
+    Example:
+        >>> as_data({"ep": 2, "tp": 8})
+        (('ep', 2), ('tp', 8))
+    """
+    return tuple(mesh.items()) if isinstance(mesh, Mapping) else mesh
+
+
+def check_axis(mesh: object, degree: object, own: str, what: str) -> None:
+    """Raise `TypeError` or `ValueError` unless these can be a mesh axis, called `own` in a shape, and a degree."""
+    if isinstance(mesh, tuple):
+        _check_shape(mesh, degree, own, what)
+    elif mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"{what}: mesh is {mesh!r}, not an axis of a DeviceMesh, such as init_distributed()['tp'], nor its shape, "
+            "such as {'ep': 2, 'tp': 8}."
+        )
     if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
         raise ValueError(f"{what}: degree is {degree!r}. Give a number of ranks, from 1 up.")
+
+
+def _check_shape(mesh: tuple[Any, ...], degree: object, own: str, what: str) -> None:
+    for pair in mesh:
+        name, size = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+        if not isinstance(name, str) or type(size) is not int or size < 1:
+            raise ValueError(f"{what}: mesh has {pair!r}. Give names and numbers of ranks: {{'ep': 2, 'tp': 8}}.")
+    names = [name for name, _ in mesh]
+    if len(set(names)) < len(names) or own not in names:
+        raise ValueError(f"{what}: the axes of mesh are {names}. Give each its name, and one the name {own!r}.")
+    if degree is not None:
+        raise ValueError(f"{what}: mesh says how many ranks are along {own!r}, and so does degree. Give one of them.")
 
 
 def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -91,7 +122,7 @@ def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
     return tuple(cast(Any, mesh).mesh_dim_names)
 
 
-def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.device) -> str | None:
+def why_no_axis(mesh: DeviceMesh | Shape | None, degree: int | None, device: torch.device) -> str | None:
     """Why a model on `device` cannot be spread over these ranks (all there are, without a mesh), or None."""
     if not distributed.is_available() or not distributed.is_initialized():
         return (
@@ -102,6 +133,11 @@ def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.devic
         num_ranks = distributed.get_world_size()
         if degree is not None and num_ranks % degree:
             return f"degree={degree} does not divide the {num_ranks} processes there are. Start a multiple of {degree}."
+        return None
+    if isinstance(mesh, tuple):
+        held, started = math.prod(size for _, size in mesh), distributed.get_world_size()
+        if held != started:
+            return f"a mesh {dict(mesh)} is of {held} ranks, and there are {started} processes. Start {held}."
         return None
     if mesh.mesh_dim_names is None:
         return "the mesh has no axis names. Make it with gptoss_opt.init_distributed(shape, axes)."
@@ -120,11 +156,13 @@ def why_no_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.devic
     return None
 
 
-def axis_of(mesh: DeviceMesh | None, degree: int | None, *, data_parallel: bool = False) -> Axis:
-    """The axis over which a model is spread, as data: needs no other process.
+def axis_of(mesh: DeviceMesh | Shape | None, degree: int | None, own: str, *, data_parallel: bool = False) -> Axis:
+    """The axis over which a model is spread, as data: needs no other process. In a shape it is the one called `own`.
 
     Raises `ValueError` if there is neither mesh nor degree, and no process group to tell the number of ranks.
     """
+    if isinstance(mesh, tuple):
+        return Axis(own, dict(mesh)[own], data_parallel)
     if mesh is not None:
         return Axis(names_of(mesh)[0], mesh.size(), data_parallel)
     if degree is None and not (distributed.is_available() and distributed.is_initialized()):
@@ -132,12 +170,16 @@ def axis_of(mesh: DeviceMesh | None, degree: int | None, *, data_parallel: bool 
     return Axis(NEIGHBOURS, degree or distributed.get_world_size(), data_parallel)
 
 
-def bound_axis(mesh: DeviceMesh | None, degree: int | None, device: torch.device) -> DeviceMesh:
-    """The mesh axis: the one given, or neighbouring processes; groups of them are data parallel to each other."""
-    if mesh is not None:
+def bound_axis(mesh: DeviceMesh | Shape | None, degree: int | None, own: str, device: torch.device) -> DeviceMesh:
+    """The mesh axis: the one given, or `own` of a shape; else neighbours, groups of which are data parallel."""
+    if isinstance(mesh, DeviceMesh):
         return mesh
+    if mesh is not None:
+        return _meshed(mesh, own, device.type, _world())
     num_ranks = distributed.get_world_size()
-    return _neighbours(num_ranks // (degree or num_ranks), degree or num_ranks, device.type, _world())
+    degree = degree or num_ranks
+    shape = (("dp", num_ranks // degree), (NEIGHBOURS, degree))
+    return _meshed(shape if degree < num_ranks else shape[1:], NEIGHBOURS, device.type, _world())
 
 
 def _world() -> ProcessGroup:
@@ -146,11 +188,15 @@ def _world() -> ProcessGroup:
     return group
 
 
+def _meshed(shape: Shape, axis: str, kind: str, world: ProcessGroup) -> DeviceMesh:
+    mesh = _whole_mesh(shape, kind, world)
+    return mesh[axis] if len(shape) > 1 else mesh
+
+
 @functools.lru_cache
-def _neighbours(replicas: int, degree: int, kind: str, world: ProcessGroup) -> DeviceMesh:
-    if replicas == 1:
-        return init_device_mesh(kind, (degree,), mesh_dim_names=(NEIGHBOURS,))
-    return init_device_mesh(kind, (replicas, degree), mesh_dim_names=("dp", NEIGHBOURS))[NEIGHBOURS]
+def _whole_mesh(shape: Shape, kind: str, world: ProcessGroup) -> DeviceMesh:
+    names, sizes = zip(*shape, strict=True)
+    return init_device_mesh(kind, sizes, mesh_dim_names=names)
 
 
 def root_of(mesh: DeviceMesh) -> DeviceMesh:
@@ -171,6 +217,8 @@ def join(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
     return root if root.mesh_dim_names == ordered else root[ordered]
 
 
-def ranks_of(mesh: DeviceMesh | None) -> list[int]:
-    """All ranks of the mesh that this one was cut out of; all there are if there is none."""
-    return sorted(root_of(mesh).mesh.flatten().tolist()) if mesh else list(range(distributed.get_world_size()))
+def ranks_of(mesh: DeviceMesh | Shape | None) -> list[int]:
+    """All ranks of the mesh that this one was cut out of; all there are of a shape, or if there is none."""
+    if isinstance(mesh, DeviceMesh):
+        return sorted(root_of(mesh).mesh.flatten().tolist())
+    return list(range(distributed.get_world_size()))

@@ -16,6 +16,7 @@ from ..core import Attachment, Filler, Host, Phase, Spec, Wrapper, layout_of, me
 from ..distributed import (
     ModelMesh,
     Rule,
+    Shape,
     axis_of,
     bound_axis,
     check_axis,
@@ -123,11 +124,15 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Sharding(Wrapper):
-    """Base of the wrappers that spread a model over the ranks along an axis: of a mesh, or as many as `degree` says."""
+    """Base of the wrappers that spread a model over the ranks along an axis: of a mesh, or as many as `degree` says.
 
-    mesh: DeviceMesh | None = None
+    Of a mesh that is given as its shape, a wrapper takes the axis that is called `own`.
+    """
+
+    mesh: DeviceMesh | Shape | None = None
     degree: int | None = None
 
+    own: ClassVar[str]
     phase: ClassVar[Phase] = Phase.PARALLEL
     host: ClassVar[Host] = GPT_OSS
     defaults: ClassVar[Mapping[str, Filler]] = DEFAULTS
@@ -135,7 +140,7 @@ class Sharding(Wrapper):
     reversible: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_axis(self.mesh, self.degree, self.name)
+        check_axis(self.mesh, self.degree, self.own, self.name)
 
     @property
     def own_tokens(self) -> bool:
@@ -145,7 +150,7 @@ class Sharding(Wrapper):
     @property
     def axis(self) -> Axis:
         """The axis over which the model is spread."""
-        return axis_of(self.mesh, self.degree, data_parallel=self.own_tokens)
+        return axis_of(self.mesh, self.degree, self.own, data_parallel=self.own_tokens)
 
     def why_not(self, model: nn.Module) -> Iterable[str]:
         """What stands in the way of spreading this model over as many ranks, as sentences."""
@@ -186,6 +191,6 @@ class Sharding(Wrapper):
         return layout
 
     def bind(self, model: nn.Module, mesh: Mesh | None) -> ModelMesh:
-        axis = bound_axis(self.mesh, self.degree, device_of(model))
+        axis = bound_axis(self.mesh, self.degree, self.own, device_of(model))
         first = mesh if isinstance(mesh, ModelMesh) else ModelMesh(axis)
         return first.joined(axis, own_tokens=self.own_tokens)

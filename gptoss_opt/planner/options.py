@@ -90,13 +90,21 @@ def _on(target: Target, wrappers: Sequence[Wrapper]) -> Stack:
 def placements(hardware: Hardware) -> list[tuple[Wrapper, ...]]:
     """The ways to spread a model over devices, those within a node first; the last keeps it whole on each.
 
+    A model that several nodes share is spread over two axes first: attention, the vocabulary and a slice of each expert
+    are inside a node, and experts across nodes, so that only what experts give crosses the network.
+
     Example:
         >>> from gptoss_opt.planner import described
         >>> placements(described("2x24GB"))[0]
         (shard_tensor_parallel(degree=2),)
+        >>> placements(described("2x(8xH100)"))[3]
+        (shard_tensor_parallel(mesh=(('ep', 2), ('tp', 8))), shard_experts(mesh=(('ep', 2), ('tp', 8))))
     """
     found: list[tuple[Wrapper, ...]] = []
     for degree in dict.fromkeys((hardware.per_node, hardware.count)):
+        if degree > hardware.per_node > 1:
+            mesh = {"ep": hardware.nodes, "tp": hardware.per_node}
+            found.append((shard_tensor_parallel(mesh=mesh), shard_experts(mesh=mesh)))
         if degree == 1:
             found.append(())
         else:

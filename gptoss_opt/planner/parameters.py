@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -41,7 +42,7 @@ class Parameters:
         dense: how many values there are that are neither packed nor of adapters, by the bytes of a value.
         heads, experts, inner, words: which part it has of the key heads, of the experts, of each expert's inner
             features, and of the vocabulary: 1.0 where it has all.
-        ranks: how many ranks hold the model together.
+        axes: how many ranks hold the model together, by the axis they are along.
     """
 
     weights: Mapping[str, int]
@@ -51,7 +52,12 @@ class Parameters:
     experts: float = 1.0
     inner: float = 1.0
     words: float = 1.0
-    ranks: int = 1
+    axes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks hold the model together."""
+        return math.prod(self.axes.values())
 
     @property
     def itemsize(self) -> int:
@@ -89,7 +95,8 @@ def parameters_of(model: nn.Module, stack: Stack, *, repeats: int = 1) -> Parame
     splits = {form.splits for form in forms.values()}
     unlike = {tuple(len(part.parts[at[part.axis]]) for each in splits for part in each): at for at in places}
     ranks = [_on_rank(forms, at, repeats) for at in unlike.values()]
-    return replace(max(ranks, key=lambda found: found.num_bytes), ranks=len(places))
+    axes = {axis.name: axis.degree for axis in layout.axes}
+    return replace(max(ranks, key=lambda found: found.num_bytes), axes=axes)
 
 
 def _numbers(axis: Axis) -> range:

@@ -88,9 +88,9 @@ def _no_linears(case: Case) -> str:
 
 def _tensor(case: Case) -> str:
     held, ranks = case.option.held.num_bytes, case.option.held.ranks
-    return (
-        f"each of {ranks} devices holds {written(held)} of weights and a part of all heads, and they meet twice a layer"
-    )
+    inside = f" inside its node of {case.hardware.per_node}" if "ep" in case.option.held.axes else ""
+    parts = f"{written(held)} of weights and a part of all heads"
+    return f"each of {ranks} devices holds {parts}, and they meet twice a layer{inside}"
 
 
 def _not_spread(case: Case) -> str:
@@ -104,6 +104,8 @@ def _not_spread(case: Case) -> str:
 
 def _placed(case: Case) -> str:
     count, ranks = case.target.config.num_local_experts, case.option.held.ranks
+    if nodes := case.option.held.axes.get("ep"):
+        return f"{count} experts are placed on {nodes} nodes: what they give is all that crosses the network"
     if "shard_tensor_parallel" not in case.names:
         heads = case.target.config.num_key_value_heads
         return f"{count} experts are placed whole on {ranks} devices, which cannot share {heads} key heads evenly"

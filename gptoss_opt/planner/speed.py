@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..distributed.mesh import NEIGHBOURS
 from .hardware import Hardware
 from .parameters import Parameters
 from .workload import Workload
@@ -119,11 +120,16 @@ def _operations(config: Any, held: Parameters, context: int, *, with_head: bool)
 
 
 def _collectives(config: Any, held: Parameters, tokens: int, hardware: Hardware) -> float:
-    """Seconds of the all-reduces of a forward."""
-    if held.ranks == 1:
-        return 0.0
-    over_network = held.ranks > hardware.per_node
+    """Seconds of the all-reduces of a forward, over one axis after the other."""
+    return sum(_all_reduces(config, axis, ranks, tokens, hardware) for axis, ranks in held.axes.items())
+
+
+def _all_reduces(config: Any, axis: str, ranks: int, tokens: int, hardware: Hardware) -> float:
+    """Seconds of the all-reduces over one axis: two a layer; over one of experts alone, beside neighbours, one."""
+    of_experts = axis != NEIGHBOURS
+    over_network = ranks > hardware.per_node or (of_experts and hardware.nodes > 1)
     link = hardware.network if over_network else hardware.device.link
-    sent = 2 * (held.ranks - 1) / held.ranks * tokens * config.hidden_size * 2
+    sent = 2 * (ranks - 1) / ranks * tokens * config.hidden_size * 2
     latency = NETWORK_LATENCY if over_network else LATENCY
-    return float((2 * config.num_hidden_layers + 1) * (latency + sent / link))
+    count = config.num_hidden_layers if of_experts else 2 * config.num_hidden_layers + 1
+    return float(count * (latency + sent / link))

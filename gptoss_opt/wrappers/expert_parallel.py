@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import Attachment, Choice, Filler, Report, choose, layout_of, mesh_of, takes_model
+from ..distributed import Shape, as_data
 from ..kernels.experts import DENSE_BACKENDS
 from ..layout import Layout
 from ..model.experts import EXPERTS, experts_request, fill_experts, why_experts_stay, why_no_experts
@@ -29,6 +30,7 @@ class ExpertParallel(Sharding):
     placement: str | tuple[ExpertPlacement, ...] = "contiguous"
 
     name: ClassVar[str] = "shard_experts"
+    own: ClassVar[str] = "ep"
     # transformers' own computation of the experts knows of none that are elsewhere.
     defaults: ClassVar[Mapping[str, Filler]] = {**DEFAULTS, EXPERTS: fill_experts}
 
@@ -70,7 +72,7 @@ class ExpertParallel(Sharding):
 @takes_model
 def shard_experts(
     *,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh | Mapping[str, int] | Shape | None = None,
     degree: int | None = None,
     dispatch: str = "all_reduce",
     placement: str | Sequence[Sequence[Sequence[int]]] = "contiguous",
@@ -86,7 +88,9 @@ def shard_experts(
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a wrapper to
             give to `compose` or `load`.
         mesh: one axis of a DeviceMesh, such as `init_distributed((2, 4), ("dp", "ep"))["ep"]`. Along other axes of that
-            mesh whose names begin with "dp", gradients are averaged. All processes, if it is left out.
+            mesh whose names begin with "dp", gradients are averaged. Or the shape of a mesh of all processes, such as
+            {"ep": 2, "tp": 8}, of which this takes "ep": such a wrapper is data, made before there are processes. All
+            processes are along one axis, if it is left out.
         degree: how many ranks hold the experts together, instead of a mesh: groups of neighbours, data parallel to each
             other.
         dispatch: "all_reduce" where the ranks are given the same tokens: each adds what its experts give. "all_to_all"
@@ -111,4 +115,4 @@ def shard_experts(
             raise TypeError(
                 f"shard_experts: placement is {placement!r}. Give 'contiguous', or for each layer and rank its experts."
             ) from error
-    return ExpertParallel(mesh=mesh, degree=degree, dispatch=dispatch, placement=placement)
+    return ExpertParallel(mesh=as_data(mesh), degree=degree, dispatch=dispatch, placement=placement)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import Attachment, Report, layout_of, mesh_of, takes_model
+from ..distributed import Shape, as_data
 from ..layout import Layout
 from ..model.experts import why_experts_stay
 from ..model.modules import attention_modules, expert_modules
@@ -32,6 +33,7 @@ class TensorParallel(Sharding):
     lm_head: bool = True
 
     name: ClassVar[str] = "shard_tensor_parallel"
+    own: ClassVar[str] = "tp"
 
     def why_not(self, model: nn.Module) -> Iterable[str]:
         stay = why_experts_stay(model) if self.experts else ()
@@ -59,7 +61,7 @@ class TensorParallel(Sharding):
 @takes_model
 def shard_tensor_parallel(
     *,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh | Mapping[str, int] | Shape | None = None,
     degree: int | None = None,
     experts: bool = True,
     lm_head: bool = True,
@@ -79,7 +81,9 @@ def shard_tensor_parallel(
         model: a GPT-OSS model, which is changed and returned; a function that returns one; or nothing, for a wrapper to
             give to `compose` or `load`.
         mesh: one axis of a DeviceMesh, such as `init_distributed((2, 4), ("dp", "tp"))["tp"]`. Along other axes of that
-            mesh whose names begin with "dp", gradients are averaged. All processes, if it is left out.
+            mesh whose names begin with "dp", gradients are averaged. Or the shape of a mesh of all processes, such as
+            {"ep": 2, "tp": 8}, of which this takes "tp": such a wrapper is data, made before there are processes. All
+            processes are along one axis, if it is left out.
         degree: how many ranks hold the model together, instead of a mesh: groups of neighbours, data parallel to each
             other.
         experts: split the experts too.
@@ -95,4 +99,4 @@ def shard_tensor_parallel(
     Under `torchrun --nproc-per-node 2`, after `init_distributed()`: `model = shard_tensor_parallel(model)`, or
     `model = load(path, shard_tensor_parallel())`, which reads each rank's slices only.
     """
-    return TensorParallel(mesh=mesh, degree=degree, experts=experts, lm_head=lm_head)
+    return TensorParallel(mesh=as_data(mesh), degree=degree, experts=experts, lm_head=lm_head)

@@ -361,6 +361,10 @@ def refused(name: str) -> str:
         "degree": lambda: shard_tensor_parallel(tiny_model(**UNEVEN), degree=3),
         "two axes": lambda: shard_tensor_parallel(tiny_model(**UNEVEN), mesh=mesh_2d()),
         "both": lambda: shard_experts(tiny_model(**UNEVEN), mesh=mesh_2d()["tp"], degree=8),
+        "another shape": lambda: shard_experts(tiny_model(**UNEVEN), mesh={"ep": 3, "tp": 2}),
+        "one on a shape": lambda: compose(shard_experts(mesh={"ep": world // 2, "tp": 2}), shard_tensor_parallel())(
+            tiny_model(**UNEVEN)
+        ),
         "other meshes": lambda: compose(shard_experts(degree=1), shard_tensor_parallel())(tiny_model(**UNEVEN)),
         "shared and own tokens": lambda: compose(shard_tensor_parallel(), shard_experts(dispatch="all_to_all"))(
             tiny_model(**UNEVEN)
@@ -395,6 +399,8 @@ REFUSALS = {
     "degree": r"degree=3 does not divide the \d processes there are",
     "two axes": r"the mesh has 2 axes, \('ep', 'tp'\). Give one of them, such as mesh\['tp'\]",
     "both": r"degree=8, but axis 'tp' of the mesh has 2 ranks",
+    "another shape": r"a mesh \{'ep': 3, 'tp': 2\} is of 6 ranks, and there are \d processes. Start 6",
+    "one on a shape": r"are no axes of one mesh. Give the same axis to both, or make a mesh of two",
     "other meshes": r"are no axes of one mesh. Give the same axis to both, or make a mesh of two",
     "shared and own tokens": r"have tokens of their own by one wrapper .*Use dispatch='all_reduce', or give each",
     "what rank trains": r"disagree on parameter .*trained, sample .* on rank 0; .*frozen, sample .*and on \d+ more",
@@ -562,6 +568,16 @@ def test_bad_options(wrap: Any) -> None:
             wrap(degree=degree)
     with pytest.raises(TypeError, match=r"mesh is 'tp', not an axis of a DeviceMesh"):
         wrap(mesh="tp")
+    for mesh, said in {
+        (("ep", 2), ("tp", 0)): r"mesh has \('tp', 0\). Give names and numbers of ranks",
+        ("ep", "tp"): "mesh has 'ep'. Give names and numbers of ranks",
+        (("dp", 2), ("pp", 2)): r"the axes of mesh are \['dp', 'pp'\]. Give each its name, and one the name '(ep|tp)'",
+        (("ep", 2), ("tp", 2), ("tp", 2)): "Give each its name",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            wrap(mesh=mesh)
+    with pytest.raises(ValueError, match=r"mesh says how many ranks are along '(ep|tp)', and so does degree"):
+        wrap(mesh={"ep": 2, "tp": 2}, degree=2)
     with pytest.raises(ValueError, match="dispatch is 'magic'. Use one of 'all_reduce', 'all_to_all'"):
         shard_experts(dispatch="magic")
     with pytest.raises(TypeError, match="placement is 5. Give 'contiguous', or for each layer and rank"):
@@ -575,6 +591,9 @@ def as_json() -> tuple[str, str]:
     assert Stack.from_json(stack.to_json()) == stack
     with pytest.raises(TypeError, match=r"DeviceMesh.* belongs to this run, and JSON cannot hold it. Give the wrapper"):
         compose(shard_experts(mesh=init_distributed(device="cpu"))).to_json()
+    shape = {"ep": 2, "tp": 8}
+    spread = compose(shard_tensor_parallel(mesh=shape), shard_experts(mesh=shape))
+    assert Stack.from_json(spread.to_json()) == spread
     return stack.to_json(), repr(stack)
 
 

@@ -50,6 +50,11 @@ def on_2d(model: Any) -> Any:
     return shard_tensor_parallel(shard_experts(model, mesh=mesh["ep"]), mesh=mesh["tp"])
 
 
+def as_data(model: Any) -> Any:
+    mesh = {"ep": distributed.get_world_size() // 2, "tp": 2}
+    return compose(shard_tensor_parallel(mesh=mesh), shard_experts(mesh=mesh))(model)
+
+
 WRAPS: dict[str, Callable[[Any], Any]] = {
     "tensor parallel": shard_tensor_parallel,
     "attention only": lambda model: shard_tensor_parallel(model, experts=False, lm_head=False),
@@ -59,6 +64,7 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
     "expert, then tensor parallel": lambda model: shard_tensor_parallel(shard_experts(model)),
     "placed experts beside tensor parallel": lambda model: compose(shard_tensor_parallel(), balanced())(model),
     "two axes": on_2d,
+    "two axes as data": as_data,
     "flash, fast, tensor": lambda model: shard_tensor_parallel(with_fast_experts(with_flash_attention(model))),
     "expert, fast, flash": lambda model: with_flash_attention(with_fast_experts(shard_experts(model))),
     "packed, then tensor": lambda model: shard_tensor_parallel(with_mxfp4_experts(model)),

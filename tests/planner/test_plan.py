@@ -24,8 +24,11 @@ from gptoss_opt import (
     with_mxfp4_experts,
 )
 from gptoss_opt.core.spec import WRAPPERS
-from gptoss_opt.layout import LayoutError
+from gptoss_opt.layout import Axis, LayoutError
 from gptoss_opt.planner import Hardware, described
+from gptoss_opt.planner.options import options
+from gptoss_opt.planner.target import target_of
+from gptoss_opt.planner.workload import Workload
 from gptoss_opt.testing import random_checkpoint
 from tests.helpers import ids, tiny_model
 
@@ -296,6 +299,27 @@ def test_replicas_join_and_train_together() -> None:
 def test_nodes_of_one_device_each_hold_the_model_if_it_fits() -> None:
     assert plan("20b", hardware="2x(1xH100)").ranks == 1
     assert plan("120b", hardware="2x(1x40GB)").ranks == 2
+
+
+def test_nodes_that_share_a_model_place_experts_across_them() -> None:
+    found = plan("120b", hardware="4x(2x24GB)")
+    assert (found.fits, found.ranks) == (True, 8)
+    axes = {wrapper.name: wrapper.axis for wrapper in found.stack if wrapper.name in (TENSOR, EXPERTS)}
+    assert axes == {TENSOR: Axis("tp", 2), EXPERTS: Axis("ep", 4)}
+    assert "all that crosses the network" in found.reasons[EXPERTS]
+    assert "inside its node of 2" in found.reasons[TENSOR]
+    assert Stack.from_json(found.to_dict()["stack"]) == found.stack
+    assert "shard_experts(mesh=(('ep', 4), ('tp', 2)))" in found.code
+    compile(found.code, "code", "exec")
+
+
+def test_two_axes_fit_where_one_does_not() -> None:
+    # Sixteen ranks cannot share eight key heads: over one axis attention is whole on each.
+    machine = described("2x(8x7GB)")
+    needed = {tuple(way.held.axes): way for way in options(target_of("120b"), machine, Workload())}
+    assert needed["ep", "tp"].memory.num_bytes < machine.device.usable < needed["tp",].memory.num_bytes
+    assert needed["ep", "tp"].speed["prefill"].tokens_per_second > needed["tp",].speed["prefill"].tokens_per_second
+    assert plan("120b", hardware=machine).stack == needed["ep", "tp"].stack
 
 
 def test_old_cards_are_said_to_be_slow() -> None:
