@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, GptOssForCausalLM
 
-from benchmarks.apart import Apart
 from benchmarks.harness import device
 from benchmarks.load import apart
 from gptoss_opt import (
@@ -27,6 +26,7 @@ from gptoss_opt import (
     with_flash_attention,
     with_mxfp4_experts,
 )
+from gptoss_opt.apart import Apart
 from gptoss_opt.testing import random_checkpoint
 
 VLLM_PYTHON = "GPTOSS_OPT_VLLM_PYTHON"

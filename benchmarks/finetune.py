@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import case
-from benchmarks.apart import Apart
 from benchmarks.case import Case, Point
 from benchmarks.harness import device, forget_peak, median_ratio, resident, seconds
 from gptoss_opt import (
@@ -31,6 +30,7 @@ from gptoss_opt import (
     with_lora,
     with_mxfp4_experts,
 )
+from gptoss_opt.apart import Apart
 from gptoss_opt.testing import random_checkpoint
 
 RANK = 8

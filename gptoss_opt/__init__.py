@@ -1,5 +1,6 @@
 """Composable wrappers that make a Hugging Face GPT-OSS model fast and small, and keep it the same model."""
 
+from .benchmarking import Benchmark, bench
 from .checkpoint import CheckpointError, gather_state_dict, load, save_adapter
 from .core import BackendError, CompatibilityError, IrreversibleError, Stack, Wrapper, compose, explain, stack_of, undo
 from .distributed import balance_experts, init_distributed
@@ -23,6 +24,7 @@ from .wrappers.tensor_parallel import shard_tensor_parallel
 
 __all__ = [
     "BackendError",
+    "Benchmark",
     "CheckpointError",
     "CompatibilityError",
     "ContinuousBatcher",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "adapters_off",
     "balance_experts",
+    "bench",
     "compose",
     "doctor",
     "explain",

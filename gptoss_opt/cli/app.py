@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..planner import RELEASED_AT
-from . import arguments, completing, show
+from . import arguments, completing, show, stacks
 
 DONE, NO, MISTAKE = 0, 1, 2
 """Exit codes: done; the answer is no; the user's mistake."""
@@ -31,7 +31,8 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with these arguments (by default the program's own), and return the exit code.
 
-    0: done. 1: the answer is no: a plan that does not fit, a model that is not right, a demo with a difference.
+    0: done. 1: the answer is no: a plan that does not fit, a model that is not right or could not be measured, a demo
+    with a difference.
     2: wrong arguments, or a model, data or machine that cannot be used. 130: stopped by Ctrl-C.
     """
     try:
@@ -171,6 +172,34 @@ def verify(
     )
     found = _answered(lambda: verify(optimize(model, context=context), gradients=gradients), code, show_code)
     show.answer(found, [found.title, found.verdict], [found.table], [], json)
+    raise typer.Exit(DONE if found.right else NO)
+
+
+@app.command()
+def bench(
+    model: Model,
+    wrapper: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Such as with_flash_attention; once for each of several.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded after it.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that each takes; the median counts.")] = 3,
+    json: Json = False,
+    show_code: ShowCode = False,
+) -> None:
+    """Measure a model with wrappers (the plan's, if none is named) on this machine, beside transformers and the limit.
+
+    It is verified first; exits with 1 if it is wrong.
+    """
+    from .. import bench
+
+    stack = _answered(lambda: stacks.named(wrapper), "", False) if wrapper else None
+    sizes = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
+    names = sorted({"bench", *(["compose", *(one.name for one in stack)] if stack else [])})
+    called = show.call("bench", [model, *([stack] if stack else [])], sizes, bench)
+    code = f"from gptoss_opt import {', '.join(names)}\n\nprint({called})"
+    found = _answered(lambda: bench(model, stack, **sizes), code, show_code)
+    show.answer(found, [found.title, found.verdict], found.tables, [], json)
     raise typer.Exit(DONE if found.right else NO)
 
 

@@ -10,26 +10,16 @@ from statistics import median_low
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import distributed, multiprocessing
 
 from .. import explain, load
+from ..benchmarking.decoding import Clock, greedy, random_prompt
 from ..model.experts import expert_parameters
 from .comparison import Case, Outcome, Settings, Step
-from .measure import greedy, load_model, random_prompt, verify
+from .measure import load_model, verify
 
 PROMPT_LENGTH = 64
 """How many tokens come before those that are timed."""
-
-
-class Clock(list[float]):
-    """A streamer for `generate` that notes when the prompt is there, and when each token."""
-
-    def put(self, tokens: Tensor) -> None:
-        """Note the time."""
-        self.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Do nothing after the last token."""
 
 
 def decode(model: Any, label: str, settings: Settings, figures: dict[str, Any]) -> Outcome:

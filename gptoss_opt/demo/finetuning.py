@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import explain
+from ..benchmarking.decoding import random_prompt
+from ..benchmarking.peak import PeakMemory
 from .comparison import Case, Outcome, Settings, Step
-from .measure import PeakMemory, load_model, random_prompt
+from .measure import load_model
 
 NUM_TOKENS = 768
 STEPS = 3

@@ -1,18 +1,16 @@
-"""What the measurements of the demo share: the eager model, the prompt, the agreement of outputs, peak memory."""
+"""What the measurements of the demo share: the model, and the agreement of outputs."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils.quantization_config import Mxfp4Config
 
 from .. import load
+from ..benchmarking.eager import eager_model
 from .comparison import Outcome, Settings
 
 # Whether the greedy tokens must be the same, and how large the differences in `compare` may be (None: not judged).
@@ -35,29 +33,7 @@ def load_model(settings: Settings, wrapper: Any = None) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if wrapper is not None:
         return load(settings.path, wrapper, device=device, dtype=getattr(torch, settings.dtype))
-    options: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": "eager"}
-    if getattr(AutoConfig.from_pretrained(settings.path), "quantization_config", None):
-        options["quantization_config"] = Mxfp4Config(dequantize=True)
-    if device == "cuda":
-        options["device_map"] = device
-    model = AutoModelForCausalLM.from_pretrained(settings.path, **options)
-    for parameter in model.parameters():
-        # Expert weights: older versions leave dequantised ones in bfloat16, whatever is asked for.
-        if parameter.ndim == 3:
-            parameter.data = parameter.data.to(model.dtype)
-    return model
-
-
-def random_prompt(model: Any, length: int) -> Tensor:
-    """Random token ids [1, length], the same for every case."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
-
-
-def greedy(model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> Any:
-    """What `generate` returns after exactly so many greedy tokens; the prompt [B, T] is not padded by default."""
-    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, **options}
-    return model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options)
+    return eager_model(settings.path, device=device, dtype=settings.dtype)
 
 
 def verify(label: str, outputs: Outputs, file: Path, figures: dict[str, Any], lengths: Sequence[int] = ()) -> Outcome:
@@ -100,39 +76,3 @@ def compare(expected: Outputs, actual: Outputs, lengths: Sequence[int] = ()) -> 
             problems.append(f"{what} is {value:.1e}, above {bound:.0e}.")
     figures = {"same greedy tokens": (same, len(actual[0])), "max logit diff": largest, "sink grad diff": sinks}
     return Outcome(figures, tuple(problems))
-
-
-class PeakMemory:
-    """Peak memory beyond what is held now: torch's own count on CUDA, resident memory of the process on Linux.
-
-    The kernel keeps the peak of resident memory, so no short one is missed; writing 5 to clear_refs resets it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        gc.collect()
-        self.cuda = device.type == "cuda"
-        self.held = torch.cuda.memory_allocated() if self.cuda else _resident("VmRSS")
-
-    def reset(self) -> None:
-        """Forget earlier peaks."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self.held = None
-
-    def peak(self) -> float | None:
-        """MiB at the peak since `reset`, less those held at first; None where the system does not tell."""
-        highest = torch.cuda.max_memory_allocated() if self.cuda else _resident("VmHWM")
-        return None if self.held is None or highest is None else max(highest - self.held, 0) / 2**20
-
-
-def _resident(field: str) -> int | None:
-    """This line of the kernel's account of the process, in bytes; None where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)

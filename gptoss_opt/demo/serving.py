@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..benchmarking.decoding import greedy
 from ..serve import ContinuousBatcher, Request
 from .comparison import Case, Settings, Step
-from .measure import greedy, load_model, verify
+from .measure import load_model, verify
 
 NUM_PROMPTS = 8
 MIN_PROMPT, MAX_PROMPT = 8, 120

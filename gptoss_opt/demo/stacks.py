@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import explain
+from ..benchmarking.decoding import greedy, random_prompt
+from ..benchmarking.peak import PeakMemory
 from .comparison import Case, Outcome, Settings, Step
-from .measure import PeakMemory, greedy, load_model, random_prompt, verify
+from .measure import load_model, verify
 
 
 def measure_stacks(cases: Sequence[Case], settings: Settings) -> Iterator[Step]:

@@ -28,6 +28,7 @@ WIDE = replace(SIZES["20b"], layers=1, experts=8, vocab=4096, bos=4093, pad=4094
 SAME_TOKENS = Column("same greedy tokens", lambda n: "yes" if n[0] == n[1] else "first {} of {}".format(*n), "first")
 MAX_LOGIT = Column("max logit diff", "{:.1e}".format, "first")
 SINKS = Column("sink grad diff", "{:.1e}".format, "first", missing="no gradient")
+PEAK = Column("peak memory", lambda num_bytes: f"{num_bytes / 2**20:.0f} MiB", "less")
 SECONDS, MIB, SPEED = "{:.2f} s".format, "{:.1f} MiB".format, "{:.1f} tokens/s".format
 
 STACKS = Comparison(
@@ -36,7 +37,7 @@ STACKS = Comparison(
         *(Column("length"), Column("stack"), SAME_TOKENS, MAX_LOGIT, SINKS),
         Column("generate", SECONDS, "less"),
         Column("train step", SECONDS, "less"),
-        Column("peak memory", "{:.0f} MiB".format, "less"),
+        PEAK,
     ),
     footnote="""\
 Differences and (ratios) are to the first row of each length; the sink gradient difference is relative.
@@ -122,7 +123,7 @@ FINETUNING = Comparison(
         Column("fine-tuning"),
         *(Column(f"{step} loss", "{:.4f}".format) for step in ("first", "last")),
         Column("speed", SPEED, "more"),
-        Column("peak memory", "{:.0f} MiB".format, "less"),
+        PEAK,
         Column("trained parameters", "{:,}".format),
     ),
     footnote="""\

@@ -16,6 +16,7 @@ PACKAGE = Path(gptoss_opt.__file__).parent
 
 PUBLIC = {
     "BackendError",
+    "Benchmark",
     "CheckpointError",
     "CompatibilityError",
     "ContinuousBatcher",
@@ -30,6 +31,7 @@ PUBLIC = {
     "__version__",
     "adapters_off",
     "balance_experts",
+    "bench",
     "compose",
     "doctor",
     "explain",
@@ -87,6 +89,7 @@ EXTEND = {
 # Who may import whom, inside the package. Nothing imports upward, and wrappers never import each other.
 LAYERS: dict[str, set[str]] = {
     "table": set(),
+    "apart": set(),
     "kernels": set(),
     "layout": {"kernels"},
     "core": {"layout", "table"},
@@ -100,16 +103,17 @@ LAYERS: dict[str, set[str]] = {
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "verification": {"core", "distributed", "kernels", "model", "table"},
+    "benchmarking": {"apart", "checkpoint", "core", "model", "planner", "table", "verification"},
     "monitoring": {"core", "distributed", "model", "table"},
     "extend": {"core", "kernels", "layout", "model"},
     "version": set(),
     "testing": set(),
-    "demo": {"layout", "table", "testing", "model", "checkpoint", "serve", ""},
+    "demo": {"apart", "benchmarking", "layout", "table", "testing", "model", "checkpoint", "serve", ""},
     "doctor": {"kernels", "planner", "table", "version"},
     "cli": {"demo", "doctor", "finetune", "planner", "table", ""},
     "__main__": {"cli"},
-    "__init__": {"checkpoint", "core", "distributed", "doctor", "model", "planner", "serve", "train", "verification"}
-    | {"version", "wrappers"},
+    "__init__": {"benchmarking", "checkpoint", "core", "distributed", "doctor", "model", "planner", "serve", "train"}
+    | {"verification", "version", "wrappers"},
 }
 # Third parties a layer may know; every layer may know torch and the standard library.
 KNOWN = {
@@ -121,6 +125,7 @@ KNOWN = {
     "serve": {"psutil", "tqdm", "transformers"},
     "train": {"tqdm"},
     "verification": {"tqdm"},
+    "benchmarking": {"tqdm", "transformers"},
     "monitoring": {"matplotlib", "psutil"},
     "cli": {"rich", "typer"},
     "finetune": {"matplotlib", "psutil", "tqdm", "transformers"},
