@@ -50,11 +50,14 @@ def figure(steps: Sequence[Step]) -> Any:
         place.plot([number for number, _ in known], [value for _, value in known], marker=".", label="measured")
         place.set_title(title)
         place.set_xlabel("step")
-        place.set_ylim(bottom=0)
     last = steps[-1] if steps else None
     if last is not None and last.planned is not None:
         axes[1, 0].axhline(last.planned / 1e9, linestyle="--", color="gray", label="peak of the plan")
         axes[1, 0].legend()
+    for place, _, _ in drawn:
+        place.margins(y=0.1)
+        place.autoscale_view()
+        place.set_ylim(bottom=0)
     if last is not None and last.load:
         shown = axes[1, 1].imshow([list(layer) for layer in last.load], aspect="auto")
         made.colorbar(shown, ax=axes[1, 1])

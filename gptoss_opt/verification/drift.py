@@ -24,7 +24,7 @@ def _largest(x: Tensor) -> Tensor:
 
 
 NORMS: dict[str, tuple[Norm, float]] = {
-    "root mean square": (_rms, 2),
+    "RMS": (_rms, 2),
     "worst feature": (_rms_of_features, 3),
     "worst value": (_largest, 4),
 }

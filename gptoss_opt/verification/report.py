@@ -68,7 +68,7 @@ class Verification:
             )
             for key, drift in sorted(worst.items())
         ]
-        return Table(("part", "backend", "what", "worst layer", "of what is allowed", "by", "right"), rows)
+        return Table(("part", "backend", "what", "worst layer", "of allowed", "by", "right"), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as what JSON can hold."""

@@ -105,4 +105,4 @@ def _drifts(asked: Subject, ranks: VerifyingRanks) -> Iterator[Drift]:
     yield found.rotary(model.model.rotary_emb)
     off = float((alone.double() - listened.double()).norm() / listened.double().norm().clamp(min=1e-30))
     allowed = max(SAME_DECODING, epsilon(model.dtype))
-    yield Drift("head", None, "the model as it runs", "decoding", off / allowed, "root mean square")
+    yield Drift("head", None, "the model as it runs", "decoding", off / allowed, "RMS")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import html
 import importlib
 import importlib.util
 import pkgutil
@@ -61,6 +62,34 @@ def _forget_the_wrappers_of_examples():
 def test_the_example_of_streaming_runs() -> None:
     greedy, sampled = runpy.run_path(str(ROOT / "docs" / "examples" / "streaming.py"))["tokens"]
     assert (len(greedy), len(sampled)) == (12, 8)
+
+
+def test_the_example_of_monitoring_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("sys.argv", ["monitoring.py", str(tmp_path / "monitor.svg")])
+    monitor = runpy.run_path(str(ROOT / "docs" / "examples" / "monitoring.py"))["monitor"]
+    assert str(monitor.report(last=5)) in capsys.readouterr().out
+    assert monitor.steps[-1].loss < monitor.steps[0].loss
+    assert "tokens of each expert" in (tmp_path / "monitor.svg").read_text()
+
+
+def test_pictures_are_of_what_the_commands_say_now(tmp_path: Path) -> None:
+    pictures = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+
+    def words(svg: str) -> list[str]:
+        return html.unescape(re.sub(r"<style>.*?</style>|<[^>]*>", "", svg, flags=re.DOTALL)).split()
+
+    # Other pictures are of the machine that they were made on.
+    shown = words((pictures["IMAGES"] / "plan.svg").read_text())
+    assert shown == words(pictures["drawn"]("plan", tmp_path))
+    assert len(shown) > 100
+    for name, command in pictures["COMMANDS"].items():
+        page = ROOT / "docs" / ("verify.md" if name == "doctor" else f"{name}.md")
+        assert f"images/{name}.svg" in page.read_text(), name
+        assert command in page.read_text(), name
+        assert (pictures["IMAGES"] / f"{name}.svg").exists(), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
