@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial, reduce
@@ -61,6 +61,11 @@ class SetAttribute:
         found[self.path, self.name] = self.old
         return _is_ours(now, self.new)
 
+    def stands(self, model: nn.Module, found: dict[tuple[str, str], Any]) -> bool:
+        """Whether the change still has its effect: of a forward, also where somebody has put another one around it."""
+        intact = self.intact(model, found)
+        return intact or (isinstance(self.new, Around) and self.new in _within(self.new.module.forward))
+
     def undo(self, model: nn.Module) -> None:
         owner = resolve_path(model, self.path)
         if self.old is MISSING:
@@ -72,13 +77,21 @@ class SetAttribute:
         setattr(resolve_path(model, self.path), self.name, self.new)
 
 
+HOOKS = {
+    "before": ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    "after": ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+"""Where torch keeps the hooks of a module: the first has them by their keys, the others say how they are called."""
+
+
 @dataclass(frozen=True)
-class AddPreHook:
-    """A forward pre-hook with key `hook_id` was registered on the module at `path`."""
+class AddHook:
+    """A hook with key `hook_id` was registered "before" or "after" the forward of the module at `path`."""
 
     path: str
     hook_id: int
     hook: Callable[..., Any]
+    when: str = "before"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # In the process that unpickles, torch counts hooks from zero again: a later hook must not take our number.
@@ -87,23 +100,25 @@ class AddPreHook:
 
     def intact(self, model: nn.Module, found: dict[tuple[str, str], Any] | None = None) -> bool:
         """Whether the hook is still there."""
-        return self.hook_id in getattr(_find(model, self.path), "_forward_pre_hooks", ())
+        return self.hook_id in getattr(_find(model, self.path), HOOKS[self.when][0], ())
+
+    stands = intact
 
     def undo(self, model: nn.Module) -> None:
         module = resolve_path(model, self.path)
-        module._forward_pre_hooks.pop(self.hook_id, None)
-        module._forward_pre_hooks_with_kwargs.pop(self.hook_id, None)
+        for name in HOOKS[self.when]:
+            getattr(module, name).pop(self.hook_id, None)
 
     def redo(self, model: nn.Module) -> None:
-        module = resolve_path(model, self.path)
-        hooks = module._forward_pre_hooks
+        hooks, *how = (getattr(resolve_path(model, self.path), name) for name in HOOKS[self.when])
         hooks[self.hook_id] = self.hook
-        module._forward_pre_hooks_with_kwargs[self.hook_id] = True
+        for one in how:
+            one[self.hook_id] = True
         for later in [number for number in hooks if number > self.hook_id]:
             hooks.move_to_end(later)
 
 
-Edit = SetAttribute | AddPreHook
+Edit = SetAttribute | AddHook
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +151,16 @@ class Around:
     def __signature__(self) -> inspect.Signature:
         # The Trainer and `generate` ask a model's forward which arguments it takes.
         return inspect.signature(self.inner)
+
+
+def _within(forward: Any) -> Iterator[Any]:
+    """A forward and those that it lies around, as far as wrappers of functions tell: accelerate's and torch's do."""
+    while forward is not None:
+        yield forward
+        forward = next(
+            (getattr(forward, name) for name in ("__wrapped__", "inner", "__func__", "func") if hasattr(forward, name)),
+            None,
+        )
 
 
 def _own(owner: Any, name: str) -> Any:
@@ -178,7 +203,15 @@ class Journal:
         `hook` is a module-level function, so that the model can still be pickled.
         """
         handle = resolve_path(model, path).register_forward_pre_hook(hook, with_kwargs=True)
-        self.edits.append(AddPreHook(path, handle.id, hook))
+        self.edits.append(AddHook(path, handle.id, hook))
+
+    def add_hook(self, model: nn.Module, path: str, hook: Callable[..., Any]) -> None:
+        """Register `hook(module, args, kwargs, out)` after the forward of the module at `path`.
+
+        It is called with None for `out` where the forward fails. `hook` is a module-level function, as above.
+        """
+        handle = resolve_path(model, path).register_forward_hook(hook, with_kwargs=True, always_call=True)
+        self.edits.append(AddHook(path, handle.id, hook, "after"))
 
     def undo(self, model: nn.Module, undone: list[Edit] | None = None) -> None:
         """Put everything back but what the user has set since, last change first; `undone` gets what was put back."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..layout import Held, Layout, Mesh
-from .journal import Journal
+from .journal import Edit, Journal
 from .spec import Attachment, Host
 
 RECORD = "_gptoss_opt_record"
@@ -63,10 +63,18 @@ def mesh_of(model: nn.Module) -> Any:
 
 
 def standing(record: Record, model: nn.Module) -> list[bool]:
-    """For each wrapper, whether all its changes still stand, or the user has changed one of them since.
+    """For each wrapper, whether all its changes still stand, or the user has changed one of them since."""
+    return [not fallen for fallen in fallen_edits(record, model)]
 
-    What a later wrapper has set over an earlier one's change leaves that standing.
+
+def fallen_edits(record: Record, model: nn.Module) -> list[list[Edit]]:
+    """For each wrapper, those of its changes that the user has changed since.
+
+    What a later wrapper has set over an earlier one's change leaves that standing, and so does a forward that others
+    have put around ours.
     """
     found: dict[tuple[str, str], Any] = {}
-    intact = [[edit.intact(model, found) for edit in reversed(one.edits)] for one in reversed(record.applied)]
-    return [all(edits) for edits in reversed(intact)]
+    fallen = [
+        [edit for edit in reversed(one.edits) if not edit.stands(model, found)] for one in reversed(record.applied)
+    ]
+    return fallen[::-1]

@@ -18,14 +18,14 @@ def sink_share(module: Any, given: dict[str, Any]) -> Tensor | None:
 
     Args:
         module: the attention of a layer; on a rank that holds some of its heads, the average is over those.
-        given: the keywords that it was called with. None is the answer where they do not hold all keys: beside a cache
-            or pages, or under a mask.
+        given: the keywords that it was called with. None is the answer where they do not hold all keys, beside a cache
+            or pages, or under a mask; and where the weights are brought for the forward alone, as accelerate does.
     """
     mask, hidden = given.get("attention_mask"), given["hidden_states"]
     cache, plain = given.get("past_key_values"), mask is None or (isinstance(mask, Visible) and mask.everything)
     # By now the cache has what was computed as well.
     earlier = 0 if cache is None else cache.get_seq_length(module.layer_idx) - hidden.shape[1]
-    if earlier or not plain:
+    if earlier or not plain or module.sinks.is_meta:
         return None
     length = min(hidden.shape[1], module.sliding_window or hidden.shape[1])
     cos, sin = (one[:, -length:] for one in given["position_embeddings"])

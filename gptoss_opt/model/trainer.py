@@ -31,22 +31,36 @@ def tell_trainer_of_monitors(numbers: Numbers) -> None:
     when_imported(TRAINER, functools.partial(_teach_logging, numbers=numbers))
 
 
+class MonitorCallback:
+    """Adds what the model's monitor has measured since the last time to what a Trainer logs.
+
+    It is no `TrainerCallback`, whose import takes long, and does nothing at all other events.
+    """
+
+    def __init__(self, numbers: Numbers) -> None:
+        self.numbers = numbers
+        self.logged: dict[str, float] | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
+        """Add it to the log, and to the history, which has a copy."""
+        found = self.numbers(model)
+        if found and found != self.logged:
+            self.logged = found
+            for row in (logs, state.log_history[-1]):
+                row.update(found)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_"):
+            return _do_nothing
+        raise AttributeError(name)
+
+
+def _do_nothing(*_: object, **__: object) -> None:
+    """Stand for the events of a Trainer that a callback does not ask for."""
+
+
 def _teach_logging(module: Any, numbers: Numbers) -> None:
-    """Give each `Trainer` that begins to train a callback, before those that report."""
-
-    class MonitorCallback(module.TrainerCallback):  # type: ignore[misc]
-        """Adds what the model's monitor has measured since the last time to what the Trainer logs."""
-
-        def __init__(self) -> None:
-            self.logged: dict[str, float] | None = None
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
-            found = numbers(model)
-            if found and found != self.logged:
-                self.logged = found
-                for row in (logs, state.log_history[-1]):
-                    row.update(found)
-
+    """Give each `Trainer` that begins to train a model with a monitor a callback, before those that report."""
     trainer = module.Trainer
     train = trainer.train
 
@@ -54,7 +68,7 @@ def _teach_logging(module: Any, numbers: Numbers) -> None:
     def train_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
         callbacks = self.callback_handler.callbacks
         if numbers(self.model) is not None and not any(isinstance(one, MonitorCallback) for one in callbacks):
-            callbacks.insert(0, MonitorCallback())
+            callbacks.insert(0, MonitorCallback(numbers))
         return train(self, *args, **kwargs)
 
     trainer.train = train_and_tell

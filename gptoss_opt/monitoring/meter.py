@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,37 +14,16 @@ from ..distributed.collectives import OBSERVERS
 from ..model.modules import attention_modules, expert_modules
 from ..model.sinks import sink_share
 from .clock import Clock
+from .traffic import Traffic
 
 HEAD, DECODER = "head and loss", "other"
 """The parts that lie around all others."""
-COMMUNICATION = "communication"
-
-
-class Traffic:
-    """Is told of the collectives of this process, and makes them.
-
-    Attributes:
-        counts: bytes, calls and seconds.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self.counts = {"bytes": 0.0, "calls": 0.0, "seconds": 0.0}
-        self._clock = clock
-
-    def __call__(self, kind: str, num_bytes: int, call: Callable[[], object]) -> None:
-        begun = self._clock.seconds[COMMUNICATION]
-        self._clock.begin(COMMUNICATION)
-        call()
-        self._clock.end()
-        self.counts["seconds"] += self._clock.seconds[COMMUNICATION] - begun
-        self.counts["bytes"] += num_bytes
-        self.counts["calls"] += 1
 
 
 class Meter:
-    """A context around one forward: hooks on attention, experts and decoder; and on what their gradients pass.
+    """Hooks on attention, experts and decoder for one forward, and on the tensors that its backward pass goes through.
 
-    It holds no model. From its beginning until `close`, or its end, collectives are counted.
+    It holds no model. Until it is closed, or is no more, collectives are counted.
 
     Attributes:
         clock: seconds by part.
@@ -57,32 +37,33 @@ class Meter:
         self._load: list[Tensor] = []
         self._sinks: list[Tensor | None] = []
         self._handles: list[Any] = []
+        self._thread = threading.get_ident()
+        OBSERVERS.append(self._traffic)
+        # A model whose backward pass never comes may be gone one day, and this with it.
+        self._closing = weakref.finalize(self, OBSERVERS.remove, self._traffic)
         experts = [module for _, module in expert_modules(model)]
         attention = [module for _, module in attention_modules(model)]
         for part, modules in (("attention", attention), ("experts", experts), (DECODER, [model.base_model])):
             for module in modules:
-                begin, end = self._beginning(part), self._ending(part)
-                self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(end))
-        count = self._counting(model.config.num_local_experts)
-        self._handles += [module.register_forward_pre_hook(count) for module in experts]
+                self._before(module, self._beginning(part))
+                self._after(module, self._ending(part))
+        for module in experts:
+            self._before(module, self._counting(model.config.num_local_experts))
         if sinks:
-            look = self._look_at_sinks
-            self._handles += [module.register_forward_hook(look, with_kwargs=True) for module in attention]
+            for module in attention:
+                self._after(module, self._look_at_sinks)
 
-    def __enter__(self) -> Meter:
-        OBSERVERS.append(self._traffic)
-        # A model whose backward pass never comes may be gone one day, and this with it.
-        self._closing = weakref.finalize(self, OBSERVERS.remove, self._traffic)
+    def begin(self) -> None:
+        """The forward begins."""
+        self._traffic.thread = self._thread
         self.clock.begin(HEAD)
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def end(self) -> None:
+        """The forward has ended."""
         self.clock.stop()
+        self._traffic.thread = None
         for handle in self._handles:
             handle.remove()
-        if kind is not None:
-            self.close()
 
     def follow(self, result: Tensor) -> None:
         """Measure the backward pass from what the forward gave, too."""
@@ -102,8 +83,26 @@ class Meter:
         """The part of attention that goes to sinks, by layer."""
         return [None if one is None else float(one) for one in self._sinks]
 
+    def _before(self, module: nn.Module, hook: Callable[[Any, Any, Any], None]) -> None:
+        """Call a hook before a module's forward, where this thread computes it."""
+
+        def here(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() == self._thread:
+                hook(module, args, kwargs)
+
+        self._handles.append(module.register_forward_pre_hook(here, with_kwargs=True))
+
+    def _after(self, module: nn.Module, hook: Callable[[Any, Any, Any], None]) -> None:
+        """Call a hook after a module's forward, where this thread computes it."""
+
+        def here(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            if threading.get_ident() == self._thread:
+                hook(module, kwargs, out)
+
+        self._handles.append(module.register_forward_hook(here, with_kwargs=True))
+
     def _beginning(self, part: str) -> Callable[..., None]:
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             # Its gradient is the last that the backward pass of this module gives.
             hidden = args[0] if args else kwargs.get("hidden_states")
             if part != DECODER and isinstance(hidden, Tensor):
@@ -113,7 +112,7 @@ class Meter:
         return begin
 
     def _ending(self, part: str) -> Callable[..., None]:
-        def end(module: nn.Module, args: Any, out: Any) -> None:
+        def end(module: nn.Module, kwargs: Any, out: Any) -> None:
             self.clock.end()
             given = out if isinstance(out, Tensor) else out[0]
             if isinstance(given, Tensor):
@@ -137,12 +136,12 @@ class Meter:
         tensor.register_hook(turn)
 
     def _counting(self, num_experts: int) -> Callable[..., None]:
-        def count(module: Any, args: Any) -> None:
+        def count(module: nn.Module, args: Any, kwargs: Any) -> None:
             indices = args[1]
             inside = indices[(indices >= 0) & (indices < num_experts)]
             self._load.append(inside.flatten().bincount(minlength=num_experts))
 
         return count
 
-    def _look_at_sinks(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def _look_at_sinks(self, module: Any, kwargs: Any, out: Any) -> None:
         self._sinks.append(sink_share(module, kwargs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -39,10 +40,20 @@ def write(to: str, step: Step) -> None:
     if to == "log":
         LOGGER.info("%s", step)
     elif to.endswith(".jsonl"):
+        Path(to).parent.mkdir(parents=True, exist_ok=True)
         with Path(to).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(step.to_dict()) + "\n")
+            file.write(json.dumps(_valid(step.to_dict()), allow_nan=False) + "\n")
     else:
         _writer(to)(step)
+
+
+def _valid(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite as text."""
+    if isinstance(value, dict):
+        return {name: _valid(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_valid(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def named(step: Step) -> dict[str, float]:

@@ -35,8 +35,11 @@ def _row(step: Step) -> Sequence[str]:
 
 def figure(steps: Sequence[Step]) -> Any:
     """Loss, throughput, memory (with the plan's peak) and the load of experts in the last step, as a figure."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError('a picture needs matplotlib: pip install "gptoss-opt[train]".') from error
 
     made = Figure(figsize=(10, 7), layout="constrained")
     axes: Any = made.subplots(2, 2)
@@ -57,7 +60,8 @@ def figure(steps: Sequence[Step]) -> Any:
     for place, _, _ in drawn:
         place.margins(y=0.1)
         place.autoscale_view()
-        place.set_ylim(bottom=0)
+        if place.get_ylim()[1] > 0:
+            place.set_ylim(bottom=min(0, place.get_ylim()[0]))
     if last is not None and last.load:
         shown = axes[1, 1].imshow([list(layer) for layer in last.load], aspect="auto")
         made.colorbar(shown, ax=axes[1, 1])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from ..core import Attachment, Host, Phase, Report, Wrapper, takes_model
-from ..core.record import record_of
 from ..model.host import GPT_OSS
 from ..model.trainer import tell_trainer_of_monitors
-from ..monitoring.monitor import Monitor
+from ..monitoring.monitor import Monitor, monitor_on
 from ..monitoring.outputs import named, why_not
 
 MONITORED = "who measures forwards"
@@ -48,17 +47,21 @@ class WithMonitor(Wrapper):
         if journal.state is None:
             journal.state = Monitor(self.every, self.to)
         journal.state.every, journal.state.to = self.every, self.to
-        journal.around(model, "", monitored, journal.state)
+        # Hooks, not a forward of our own: trainers put theirs in the place of the model's.
+        journal.add_pre_hook(model, "", partial(begin, journal.state))
+        journal.add_hook(model, "", partial(end, journal.state))
         where = f"; written to {', '.join(self.to)}" if self.to else ""
         return Report((f"one of {self.every} forwards is measured{where}",))
 
 
-def monitored(monitor: Monitor, model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A forward of the model, measured if it is its turn."""
-    if torch.compiler.is_compiling():
-        # What is compiled has no steps to look at, and would be compiled anew for each count.
-        return inner(*args, **kwargs)
-    return monitor.forward(model, inner, args, kwargs)
+def begin(monitor: Monitor, model: Any, args: Any, kwargs: Any) -> None:
+    """A pre-hook of the model."""
+    monitor.begin(model, args, kwargs)
+
+
+def end(monitor: Monitor, model: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """A hook of the model."""
+    monitor.end(model, out)
 
 
 @takes_model
@@ -102,21 +105,16 @@ def monitor_of(model: nn.Module) -> Monitor:
         >>> monitor_of(with_monitor(model)).calls
         0
     """
-    found = _monitor_on(model)
+    found = monitor_on(model)
     if found is None:
         raise ValueError("there is no monitor on this model. Apply with_monitor(model) first.")
     return found
 
 
-def _monitor_on(model: nn.Module) -> Monitor | None:
-    states = (applied.state for applied in record_of(model).applied)
-    return next((state for state in states if isinstance(state, Monitor)), None)
-
-
 def last_numbers(model: nn.Module) -> dict[str, float] | None:
     """What the monitor on a model has measured last, as dashboards draw it; None without a monitor."""
-    monitor = _monitor_on(model)
-    return None if monitor is None else named(monitor.steps[-1]) if monitor.steps else {}
+    monitor = monitor_on(model)
+    return None if monitor is None else named(monitor.done[-1]) if monitor.done else {}
 
 
 tell_trainer_of_monitors(last_numbers)

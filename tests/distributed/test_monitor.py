@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gptoss_opt import (
     compose,
@@ -34,6 +37,64 @@ STACKS = {
 ROWS = 4
 
 
+def sent(reference: bool) -> float:
+    """How many collectives a step has, with or without forwards of another model between its two passes."""
+    policy = compose(shard_tensor_parallel(), with_monitor(every=1, to=()))(tiny_model(**UNEVEN))
+    other = shard_tensor_parallel(tiny_model(**UNEVEN))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    loss = policy(ids(), labels=ids()).loss
+    if reference:
+        with torch.no_grad():
+            other(ids())
+    loss.backward()
+    optimizer.step()
+    return monitor_of(policy).steps[0].collectives["calls"]
+
+
+def test_what_other_models_send_is_not_counted(ranks: Ranks) -> None:
+    assert ranks(sent, True) == ranks(sent, False)
+
+
+def side_by_side(path: str) -> None:
+    model = with_monitor(tiny_model(num_hidden_layers=1), every=1, to=(path,))
+    outer = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(outer.parameters(), lr=0.0)
+    for _ in range(2):
+        outer(input_ids=ids(), labels=ids()).loss.backward()
+        optimizer.step()
+    del outer
+
+
+def test_one_of_several_replicas_writes(ranks: Ranks, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    ranks(side_by_side, str(path))
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def under_fsdp() -> list[float | None]:
+    model = with_monitor(tiny_model(num_hidden_layers=2), every=1, to=())
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        model(ids(), labels=ids()).loss.backward()
+        if torch.distributed.get_rank() == 0:
+            # One rank alone looks, and waits for nobody.
+            pickle.dumps(monitor_of(model).steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [step.grad_norm for step in monitor_of(model).steps]
+
+
+def test_under_fsdp(ranks: Ranks) -> None:
+    model = tiny_model(num_hidden_layers=2)
+    model(ids(), labels=ids()).loss.backward()
+    norm = float(torch.nn.utils.get_total_norm([one.grad for one in model.parameters()]))
+    assert all(norms == pytest.approx([norm] * 2, rel=1e-5) for norms in ranks(under_fsdp))
+
+
 def trained(name: str, path: str) -> list[dict[str, Any]]:
     """The steps of two forwards in training, and the one of two in decoding that is measured."""
     torch.manual_seed(0)
@@ -47,7 +108,7 @@ def trained(name: str, path: str) -> list[dict[str, Any]]:
         model(tokens, labels=tokens).loss.backward()
         if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
             # One rank alone may look, and waits for nobody.
-            assert all(step.grad_norm is not None for step in monitor_of(model).steps)
+            monitor_of(model).report()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 import pickle
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gptoss_opt import (
@@ -32,15 +38,20 @@ from gptoss_opt import (
 )
 from gptoss_opt.distributed.collectives import OBSERVERS
 from gptoss_opt.model.sinks import sink_share
+from gptoss_opt.model.trainer import MonitorCallback
 from gptoss_opt.model.training import CHECKPOINTING
+from gptoss_opt.monitoring import monitor as module
 from gptoss_opt.monitoring import outputs
+from tests.finetune.chats import tokenizer
 from tests.helpers import ids, relative, tiny_model
 
+# peft and TRL ask transformers by names that it deprecates.
+DEPRECATED = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 STACK = compose(with_flash_attention(), with_mxfp4_experts(), with_lora(rank=4), with_chunked_loss())
 
 
-def train(model: Any, steps: int) -> list[float]:
-    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+def train(model: Any, steps: int, lr: float = 0.1) -> list[float]:
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=lr)
     losses = []
     for step in range(steps):
         loss = model(ids(seed=step), labels=ids(seed=step)).loss
@@ -142,14 +153,178 @@ def test_a_step_is_done_when_the_optimizer_is(tmp_path: Path) -> None:
         optimizer.step()
     # The norm is that of all gradients, whichever optimizer is first.
     assert [json.loads(line)["grad_norm"] for line in path.read_text().splitlines()] == pytest.approx([norm])
-    # A forward without an optimizer is done when the next one begins.
+    # A forward without an optimizer is done when the next one is measured.
     model(ids(), labels=ids())
     model(ids(), labels=ids())
     assert len(path.read_text().splitlines()) == 2
-    assert len(monitor_of(model).steps) == 3
+    # The last one can be looked at before it is done, and is no other for it.
+    assert [step.grad_norm for step in monitor_of(model).steps] == [pytest.approx(norm), None, None]
+    copy.deepcopy(model)
+    assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_gradients_that_are_gathered_over_several_forwards(every: int) -> None:
+    model = with_monitor(tiny_model(), every=every, to=()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    norms: list[float] = []
+    for number in range(12):
+        model(ids(seed=number), labels=ids(seed=number)).loss.backward()
+        if number % 2:
+            norms += [float(torch.nn.utils.get_total_norm([one.grad for one in model.parameters()]))] * 2
+            optimizer.step()
+            optimizer.zero_grad()
+    for step in monitor_of(model).steps:
+        # One that is followed by another that is measured, before the optimizer, has none.
+        expected = None if every == 1 and step.number % 2 else pytest.approx(norms[step.number - 1], rel=1e-5)
+        assert step.grad_norm == expected
+
+
+def test_an_optimizer_within_the_backward_pass(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    model = with_monitor(tiny_model(), every=1, to=(str(path),)).train()
+    optimizers = {one: torch.optim.SGD([one], lr=0.0) for one in model.parameters()}
+    for one in model.parameters():
+        one.register_post_accumulate_grad_hook(lambda parameter: optimizers[parameter].step())
+    for _ in range(3):
+        model(ids(), labels=ids()).loss.backward()
+        model.zero_grad()
+    steps = monitor_of(model).steps
+    # No optimizer has seen all gradients.
+    assert [step.grad_norm for step in steps] == [None] * 3
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == json.loads(json.dumps([step.to_dict() for step in steps[:2]]))
+    assert all(row["parts"]["experts"] > 0 for row in rows)
+
+
+def test_a_whole_model_that_is_computed_again() -> None:
+    model = with_monitor(tiny_model(), every=1, to=()).train()
+    loss = checkpoint(lambda: model(ids(), labels=ids()).loss, use_reentrant=False)
+    loss.backward()
+    assert monitor_of(model).calls == 1
+    assert len(monitor_of(model).steps[0].load) == 3
+
+
+def test_other_threads() -> None:
+    model = with_monitor(with_flash_attention(tiny_model()), every=1, to=())
+    with torch.no_grad():
+        expected = model(ids()).logits
+    failed: list[BaseException] = []
+
+    def infer() -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(20):
+                    torch.testing.assert_close(model(ids()).logits, expected)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=infer) for _ in range(3)]
+    for one in threads:
+        one.start()
+    train(model.train(), 5, lr=0.0)
+    for one in threads:
+        one.join()
+    assert not failed
+    assert monitor_of(model).calls == 1 + 3 * 20 + 5
+    routes = ids().numel() * model.config.num_experts_per_tok
+    for step in monitor_of(model).steps:
+        assert [sum(layer) for layer in step.load] == [routes] * 3
+
+
+@DEPRECATED
+@pytest.mark.parametrize("around", ["accelerate", "offloaded", "peft"])
+def test_what_others_put_around_a_model(around: str, tmp_path: Path) -> None:
+    stack = compose(with_flash_attention(), with_fast_linears(), with_chunked_loss(), with_monitor(every=1, to=()))
+    model = stack(tiny_model())
+    if around == "accelerate":
+        outer = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    elif around == "offloaded":
+        outer = cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        outer = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    outer(input_ids=ids(), labels=ids())
+    assert monitor_of(model).calls == 1
+    assert "changed by you" not in str(explain(model))
+    # Negative control: a forward of a part that does not call ours.
+    monitor_of(model).close()
+    attention: Any = model.model.layers[0].self_attn
+    attention.q_proj.forward = lambda hidden: hidden
+    if around == "peft":
+        attention.q_proj.base_layer.forward = lambda hidden: hidden
+    with pytest.raises(CompatibilityError, match="changed since"):
+        outer(input_ids=ids(), labels=ids())
+
+
+@DEPRECATED
+def test_trl_which_has_a_forward_of_its_own(tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model = with_monitor(STACK(tiny_model()), every=1, to=())
+    rows = datasets.Dataset.from_dict({"input_ids": torch.cat([ids(seed=seed) for seed in range(4)]).tolist()})
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "max_steps": 2, "router_aux_loss_coef": 0.0}
+    arguments = trl.SFTConfig(str(tmp_path), logging_steps=1, save_strategy="no", **settings)
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer(None))
+    trainer.train()
+    assert [step.number for step in monitor_of(model).steps] == [1, 2]
+    assert all(step.grad_norm for step in monitor_of(model).steps)
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["gptoss_opt/grad_norm"] for row in history] == [step.grad_norm for step in monitor_of(model).steps]
+
+
+def test_callbacks_of_trainers_are_pickled(tmp_path: Path) -> None:
+    model = with_monitor(tiny_model(), every=1, to=())
+    settings = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    trainer = Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in ids()])
+    trainer.train()
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, MonitorCallback)]
+    assert len(found) == 1
+    assert pickle.loads(pickle.dumps(found[0])).on_save(None) is None
+
+
+def test_fused_optimizers_and_scales() -> None:
+    model = with_monitor(tiny_model(), every=1, to=()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    (model(ids(), labels=ids()).loss * 1024).backward()
+    norm = float(torch.nn.utils.get_total_norm([one.grad for one in model.parameters()]))
+    # As torch.amp.GradScaler leaves them to a fused optimizer.
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    optimizer.step()
+    assert monitor_of(model).steps[0].grad_norm == pytest.approx(norm / 1024)
+
+
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "steps.jsonl"
+    model = with_monitor(tiny_model(), every=1, to=(str(path),))
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with torch.no_grad():
+        model(ids(), labels=ids())
+        loss, logits = model(ids(), labels=ids(), return_dict=False)[:2]
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [row["loss"] for row in rows] == ["nan", "nan"]
+    assert logits.dim() == 3
+
+
+def test_pictures_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"gptoss-opt\[train\]"):
+        monitor_of(with_monitor(tiny_model())).plot()
+
+
+def test_steps_that_are_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT", 2)
+    monkeypatch.setattr(module, "SINKS_EVERY", 3)
+    model = with_monitor(with_flash_attention(tiny_model()), every=1, to=())
+    sinks = []
+    with torch.no_grad():
+        for _ in range(7):
+            model(ids(), use_cache=False)
+            sinks.append(bool(monitor_of(model).steps[-1].sinks))
+    assert sinks == [True, False, False, True, False, False, True]
+    assert [step.number for step in monitor_of(model).steps] == [6, 7]
 
 
 def test_a_forward_that_fails_leaves_nothing() -> None:
+    gc.collect()  # of models of other tests that were never trained
     model = with_monitor(tiny_model(), every=1, to=())
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -208,7 +383,7 @@ def test_the_sinks_are_what_eager_attention_gives_them() -> None:
     # Beside a cache, or under a mask, not all keys are there.
     mask = torch.ones_like(ids())
     mask[0, :2] = 0
-    monitor_of(watched).steps.clear()
+    watched = with_monitor(undo(watched, with_monitor), every=1, to=())
     watched(ids(), attention_mask=mask)
     assert monitor_of(watched).steps[0].sinks == [None] * 3
 
