@@ -24,7 +24,7 @@ def _before(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 
 def _after(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    for _, monitor in _trained_by(optimizer):
+    for _model, monitor in _trained_by(optimizer):
         if monitor.noted:
             monitor.close()
 
