@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..table import Table
-from .record import record_of, standing, wrapped_model
+from .journal import Edit
+from .record import fallen_edits, record_of, wrapped_model
 from .spec import Attachment
 
 HEADINGS = ("wrapper", "what it changed", "backend", "why not the others")
@@ -48,9 +50,9 @@ class Explanation:
         return f"<p>{html.escape(self.title)}</p>{self.table._repr_html_() if self.rows else ''}"
 
 
-def _row(applied: Attachment, stands: bool) -> Row:
+def _row(applied: Attachment, fallen: Sequence[Edit]) -> Row:
     choice = applied.report.choice
-    since = () if stands else ("changed by you since: apply it again, or undo it",)
+    since = () if not fallen else ("changed by you since: apply it again, or undo it",)
     return Row(
         repr(applied.wrapper),
         (*applied.report.changed, *since),
@@ -72,7 +74,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     inner = wrapped_model(model)
     record = record_of(inner)
-    rows = tuple(map(_row, record.applied, standing(record, inner)))
+    rows = tuple(map(_row, record.applied, fallen_edits(record, inner)))
     count = f"{len(rows)} wrapper{'s' * (len(rows) > 1)}" if rows else "no wrappers"
     ranks = f"; {record.mesh.describe(inner)}" if record.mesh else ""
     return Explanation(f"{type(inner).__name__}: {count}{ranks}", rows)

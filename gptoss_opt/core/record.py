@@ -63,15 +63,19 @@ def mesh_of(model: nn.Module) -> Any:
 
 
 def standing(record: Record, model: nn.Module) -> list[bool]:
-    """For each wrapper, whether all its changes still stand, or the user has changed one of them since."""
-    return [not fallen for fallen in fallen_edits(record, model)]
+    """For each wrapper, whether all its changes still stand, or the user has changed one of them since.
+
+    What a later wrapper has set over an earlier one's change leaves that standing.
+    """
+    found: dict[tuple[str, str], Any] = {}
+    intact = [[edit.intact(model, found) for edit in reversed(one.edits)] for one in reversed(record.applied)]
+    return [all(edits) for edits in reversed(intact)]
 
 
 def fallen_edits(record: Record, model: nn.Module) -> list[list[Edit]]:
-    """For each wrapper, those of its changes that the user has changed since.
+    """For each wrapper, those of its changes that have no effect any more, as the user has changed them since.
 
-    What a later wrapper has set over an earlier one's change leaves that standing, and so does a forward that others
-    have put around ours.
+    A forward of ours has its effect also where others have put theirs around it, or moved its module elsewhere.
     """
     found: dict[tuple[str, str], Any] = {}
     fallen = [

@@ -43,7 +43,10 @@ class Meter:
         self._closing = weakref.finalize(self, OBSERVERS.remove, self._traffic)
         experts = [module for _, module in expert_modules(model)]
         attention = [module for _, module in attention_modules(model)]
-        for part, modules in (("attention", attention), ("experts", experts), (DECODER, [model.base_model])):
+        # A model without a head is its own decoder.
+        self._outer = DECODER if model.base_model is model else HEAD
+        decoder = [] if model.base_model is model else [model.base_model]
+        for part, modules in (("attention", attention), ("experts", experts), (DECODER, decoder)):
             for module in modules:
                 self._before(module, self._beginning(part))
                 self._after(module, self._ending(part))
@@ -56,7 +59,7 @@ class Meter:
     def begin(self) -> None:
         """The forward begins."""
         self._traffic.thread = self._thread
-        self.clock.begin(HEAD)
+        self.clock.begin(self._outer)
 
     def end(self) -> None:
         """The forward has ended."""
@@ -67,7 +70,7 @@ class Meter:
 
     def follow(self, result: Tensor) -> None:
         """Measure the backward pass from what the forward gave, too."""
-        self._when_differentiated(result, HEAD)
+        self._when_differentiated(result, self._outer)
 
     def close(self) -> None:
         """Measure no more."""

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, cpu_offload
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GptOssModel, Trainer, TrainerCallback, TrainingArguments
 
 from gptoss_opt import (
     CompatibilityError,
@@ -503,3 +503,12 @@ def test_what_is_compiled_is_not_measured() -> None:
         for _ in range(3):
             torch.testing.assert_close(compiled(ids(), use_cache=False).logits, expected)
     assert monitor_of(model).calls == before
+
+
+def test_a_model_without_a_head() -> None:
+    model = with_monitor(with_flash_attention(tiny_model(kind=GptOssModel)), every=1, to=())
+    model(ids())[0].sum().backward()
+    step = monitor_of(model).steps[0]
+    assert step.parts["head and loss"] == 0
+    assert step.parts["experts"] > 0
+    assert step.loss is None
