@@ -18,7 +18,7 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(TEST) $(RUN) -m pytest -n 2
 
-check: lint types docs test
+check: lint types test
 
 lint: $(VENV)/.built
 	$(RUN) -m ruff check .
@@ -27,7 +27,7 @@ lint: $(VENV)/.built
 types: $(VENV)/.built
 	$(RUN) -m mypy
 
-# Strict and offline: a dead link is an error, and nothing is fetched.
+# Strict and offline, as in `make test`: a dead link is an error, and nothing is fetched.
 docs: $(VENV)/.built
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs --quiet build --strict
 

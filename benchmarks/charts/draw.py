@@ -23,11 +23,11 @@ def drawn(chart: Chart, rows: Rows, title: str) -> str:
     fonts = {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.family": "sans-serif", "font.size": 10.5}
     with pyplot.rc_context(fonts):
         series = list(dict.fromkeys(name for values in rows.values() for name in values))
-        height = 3.4 if chart.is_curve else 1.15 + BAR * (len(rows) * (len(series) + 0.8))
+        height = 3.6 if chart.is_curve else 1.3 + BAR * (len(rows) * (len(series) + 0.8))
         figure, axes = pyplot.subplots(figsize=(7.6, height), layout="constrained")
         (_curve if chart.is_curve else _bars)(axes, rows, series, chart.is_ratio)
         axes.set_xlabel(chart.axis, color=MUTED)
-        axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", x=0)
+        figure.suptitle(title, x=0.012, ha="left", color=INK, fontsize=11.5, fontweight="bold")
         axes.tick_params(colors=MUTED, length=0)
         axes.set_axisbelow(True)
         for side in ("top", "right", "left", "bottom"):
@@ -42,11 +42,12 @@ def _bars(axes: Any, rows: Rows, series: list[str], is_ratio: bool) -> None:
     """Groups of bars, from the top down."""
     labels = list(rows)
     most = max(value for values in rows.values() for value in values.values())
+    width = 0.8 / len(series)
     for number, name in enumerate(series):
-        there = [(place, rows[label][name]) for place, label in enumerate(labels) if name in rows[label]]
-        width = 0.8 / len(series)
-        places = [place + (number - (len(series) - 1) / 2) * width for place, _ in there]
-        values = [value for _, value in there]
+        there = [place for place, label in enumerate(labels) if name in rows[label]]
+        values = [rows[labels[place]][name] for place in there]
+        # In the middle of those of its group that are there.
+        places = [place + (list(rows[labels[place]]).index(name) - (len(rows[labels[place]]) - 1) / 2) * width for place in there]
         axes.barh(places, values, height=width * 0.9, color=COLOURS[number], label=name)
         for place, value in zip(places, values, strict=True):
             text = f"{value:.3g}x" if is_ratio else f"{value:.3g}"

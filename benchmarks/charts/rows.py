@@ -9,6 +9,8 @@ from typing import Any
 Lines = Sequence[Mapping[str, Any]]
 Rows = Mapping[str, Mapping[str, float]]
 """By label, then by series."""
+SHOWN = ("q_proj", "o_proj", "router", "lm_head")
+"""The linear layers that are shown."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def _experts(lines: Lines) -> Rows:
 def _linears(lines: Lines) -> Rows:
     found: dict[str, dict[str, float]] = {}
     for line in lines:
-        if line.get("dtype") == "torch.bfloat16" and line["projection"] in ("q_proj", "o_proj", "lm_head", "router"):
+        if line.get("dtype") == "torch.bfloat16" and line["projection"] in SHOWN and line["rows"] in (1, 4, 16, 64):
             found.setdefault(f"{line['rows']} rows", {})[line["projection"]] = line["ratio"]
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import griffe
 
-MODEL = "nn.Module | Callable[..., nn.Module] | None"
+MODEL = "nn.Module | None"
 
 
 class OurDocstrings(griffe.Extension):
@@ -18,6 +18,6 @@ class OurDocstrings(griffe.Extension):
         if obj.docstring:
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
         if isinstance(obj, griffe.Function) and any(str(one.value) == "takes_model" for one in obj.decorators):
-            kind = griffe.ParameterKind.positional_only
+            kind = griffe.ParameterKind.positional_or_keyword
             model = griffe.Parameter("model", annotation=MODEL, kind=kind, default="None")
             obj.parameters = griffe.Parameters(model, *obj.parameters)
