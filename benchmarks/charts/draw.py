@@ -47,12 +47,16 @@ def _bars(axes: Any, rows: Rows, series: list[str], is_ratio: bool) -> None:
         there = [place for place, label in enumerate(labels) if name in rows[label]]
         values = [rows[labels[place]][name] for place in there]
         # In the middle of those of its group that are there.
-        places = [place + (list(rows[labels[place]]).index(name) - (len(rows[labels[place]]) - 1) / 2) * width for place in there]
+        places = [
+            place + (list(rows[labels[place]]).index(name) - (len(rows[labels[place]]) - 1) / 2) * width
+            for place in there
+        ]
         axes.barh(places, values, height=width * 0.9, color=COLOURS[number], label=name)
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
         for place, value in zip(places, values, strict=True):
             text = f"{value:.3g}x" if is_ratio else f"{value:.3g}"
             axes.annotate(
-                text, (value, place), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=9
+                text, (value, place), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=9, bbox=paper
             )
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", labelcolor=INK)

@@ -18,6 +18,7 @@ import typer
 import gptoss_opt
 from benchmarks.charts.draw import drawn
 from benchmarks.charts.page import measured, page, picture, title
+from benchmarks.charts.readme import table
 from gptoss_opt import extend
 from gptoss_opt.core import WRAPPERS
 from tests.docs import backends
@@ -64,7 +65,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def from_elsewhere(text: str) -> list[str]:
     """What a page or a style sheet loads from another host. Links that a reader follows are no part of it."""
-    loads = re.findall(r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=[\"']?((?:https?:)?//[^\"'\s>]+)", text)
+    loads = re.findall(
+        r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=[\"']?((?:https?:)?//[^\"'\s>]+)", text
+    )
     loads += re.findall(r"<link\b[^>]*\bhref=[\"']?((?:https?:)?//[^\"'\s>]+)", text)
     return loads + re.findall(r"(?:url\(|@import)\s*[\"']?((?:https?:)?//[^\"')\s]+)", text)
 
@@ -105,7 +108,9 @@ def test_links_between_files_are_links_between_pages() -> None:
     pytest.importorskip("mkdocs")
     links = runpy.run_path(str(DOCS / "theme" / "hooks.py"))["links"]
     there = "[a](../benchmarks/README.md#b) [c](lora.md) [d](https://e.org)"
-    assert links(there, source="docs/x.md", on_site="x.md") == "[a](benchmark_notes.md#b) [c](lora.md) [d](https://e.org)"
+    assert (
+        links(there, source="docs/x.md", on_site="x.md") == "[a](benchmark_notes.md#b) [c](lora.md) [d](https://e.org)"
+    )
     back = links("[a](../docs/lora.md)", source="benchmarks/README.md", on_site="benchmark_notes.md")
     assert back == "[a](lora.md)"
     deeper = links("[a](../lora.md) [b](serving.md)", source="docs/recipes/x.md", on_site="recipes/x.md")
@@ -140,6 +145,11 @@ def test_the_page_of_benchmarks_is_what_results_say() -> None:
     for _, _, lines in measured():
         for key in ("torch", "transformers", "commit", "command", "date"):
             assert str(lines[0][key]) in text
+
+
+def test_figures_of_the_readme_are_of_the_results() -> None:
+    assert table() in (ROOT / "README.md").read_text(), "write it anew: python -m benchmarks.charts"
+    assert len(set(table().splitlines())) > 10
 
 
 def test_charts_are_of_the_results() -> None:
@@ -194,7 +204,10 @@ def test_headings_of_troubleshooting_are_printed_by_the_library() -> None:
 
 
 def test_the_reference_has_every_public_name() -> None:
-    for names, module, file in ((gptoss_opt.__all__, "gptoss_opt", "api.md"), (extend.__all__, "gptoss_opt.extend", "api_extend.md")):
+    for names, module, file in (
+        (gptoss_opt.__all__, "gptoss_opt", "api.md"),
+        (extend.__all__, "gptoss_opt.extend", "api_extend.md"),
+    ):
         text = (DOCS / file).read_text()
         listed = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", text, re.MULTILINE)
         missing = {name for name in names if name != "__version__"} - set(listed)
