@@ -20,7 +20,7 @@ def drawn(chart: Chart, rows: Rows, title: str) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    fonts = {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.family": "sans-serif", "font.size": 10.5}
+    fonts: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.family": "sans-serif", "font.size": 10.5}
     with pyplot.rc_context(fonts):
         series = list(dict.fromkeys(name for values in rows.values() for name in values))
         height = 3.6 if chart.is_curve else 1.3 + BAR * (len(rows) * (len(series) + 0.8))

@@ -32,7 +32,7 @@ bounds each figure, and what was learned on the way, is in the [notes](../benchm
 
 def measured() -> list[tuple[Chart, str, Lines]]:
     """Each chart with the hardware that there are results of, and their lines."""
-    found = []
+    found: list[tuple[Chart, str, Lines]] = []
     for kind in HARDWARE:
         for chart in CHARTS:
             path = RESULTS / f"{chart.benchmark}-{kind}.jsonl"
@@ -54,7 +54,8 @@ def title(chart: Chart, kind: str) -> str:
 def caption(line: Mapping[str, Any], kind: str) -> str:
     """Hardware, versions, commit and command of a line, in Markdown."""
     versions = ", ".join(f"{name} {line[name]}" for name in ("torch", "transformers", "gptoss_opt"))
-    return f"{HARDWARE[kind]}, {line['threads']} threads; {versions}; commit {line['commit']}; {line['date']}; `{line['command']}`"
+    when = f"commit {line['commit']}; {line['date']}"
+    return f"{HARDWARE[kind]}, {line['threads']} threads; {versions}; {when}; `{line['command']}`"
 
 
 def page() -> str:

@@ -115,7 +115,8 @@ CHARTS = (
         "Linear layers: how many times as fast as torch",
         "times the speed of torch's product",
         _linears,
-        "The native product by itself in bfloat16. [`with_fast_linears`](fast_linears.md) uses it only where it is faster.",
+        "The native product by itself in bfloat16. [`with_fast_linears`](fast_linears.md) uses it only where it is "
+        "faster.",
         is_ratio=True,
     ),
     Chart(
@@ -124,8 +125,8 @@ CHARTS = (
         "A whole model for one user: how many times as fast",
         "times the speed of each peer, in turns with it",
         _whole,
-        "Four layers of the 20b's shapes with its head, in bfloat16. Prefill is a prompt of 512 tokens. llama.cpp has the "
-        "same packed bits; vLLM (its build for CPUs) and transformers have dequantised weights.",
+        "Four layers of the 20b's shapes with its head, in bfloat16. Prefill is a prompt of 512 tokens. llama.cpp has "
+        "the same packed bits; vLLM (its build for CPUs) and transformers have dequantised weights.",
         is_ratio=True,
     ),
     Chart(
@@ -134,8 +135,8 @@ CHARTS = (
         "Serving 32 requests of various lengths",
         "generated tokens per second",
         _batching,
-        "[`ContinuousBatcher`](continuous_batching.md) on a model of 8 layers and 491 M parameters, beside vLLM's build for "
-        "CPUs and transformers.",
+        "[`ContinuousBatcher`](continuous_batching.md) on a model of 8 layers and 491 M parameters, beside vLLM's build "
+        "for CPUs and transformers.",
     ),
     Chart(
         "concurrency",
@@ -152,8 +153,8 @@ CHARTS = (
         "LoRA: tokens per second",
         "trained tokens per second, sequences of 1,024 tokens",
         _finetune("tokens/s", 1.0),
-        "A step of [`with_lora`](lora.md) on packed experts, with flash attention and the chunked loss, on 8 layers and "
-        "491 M parameters. The peer is PEFT on dense weights, in two of transformers' computations of the experts.",
+        "A step of [`with_lora`](lora.md) on packed experts, with flash attention and the chunked loss, on 8 layers "
+        "and 491 M parameters. The peer is PEFT on dense weights, in two of transformers' computations of the experts.",
     ),
     Chart(
         "finetune-memory",

@@ -28,8 +28,8 @@ NOTES: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "fa2": ("", "its kernel, corrected through its log-sum-exp"),
         "native": (
             f"{LIBRARY}; a head_dim that is a multiple of 16",
-            "one query per row (decoding), and the rotary embedding; several queries in bfloat16 on AVX-512 BF16, where "
-            "nothing is padded or packed; all else, and gradients, as `torch`",
+            "one query per row (decoding), and the rotary embedding; several queries in bfloat16 on AVX-512 BF16, "
+            "where nothing is padded or packed; all else, and gradients, as `torch`",
         ),
         "torch": ("no ROCm", "torch's flash and memory-efficient kernels, corrected through their log-sum-exp"),
         "reference": ("to be named", "plain matrix products, in quadratic memory; defines the semantics"),
@@ -41,8 +41,8 @@ NOTES: Mapping[str, Mapping[str, tuple[str, str]]] = {
     },
     "Dense experts, [`with_fast_experts`](fast_experts.md)": {
         "native": (
-            f"{LIBRARY}; AVX-512 BF16 with VBMI; a processor on which it was measured to be faster (Zen 4, Zen 5); sizes that are "
-            "multiples of 32",
+            f"{LIBRARY}; AVX-512 BF16 with VBMI; a processor on which it was measured to be faster (Zen 4, Zen 5); "
+            "sizes that are multiples of 32",
             "one product per projection for all experts",
         ),
         "torch": (
