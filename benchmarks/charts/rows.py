@@ -135,8 +135,8 @@ CHARTS = (
         "Serving 32 requests of various lengths",
         "generated tokens per second",
         _batching,
-        "[`ContinuousBatcher`](continuous_batching.md) on a model of 8 layers and 491 M parameters, beside vLLM's build "
-        "for CPUs and transformers.",
+        "[`ContinuousBatcher`](continuous_batching.md) on a model of 8 layers and 491 M parameters, beside vLLM's "
+        "build for CPUs and transformers.",
     ),
     Chart(
         "concurrency",
