@@ -10,7 +10,7 @@ NATIVE := setup.py $(wildcard gptoss_opt/kernels/native/c/*)
 # Tiny models run many times faster on one thread each than on threads that wait for each other.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test check lint types test-oldest test-newest bench clean
+.PHONY: demo test check lint types docs docs-serve test-oldest test-newest bench clean
 
 demo: $(VENV)/.built
 	$(RUN) -m gptoss_opt demo
@@ -27,6 +27,13 @@ lint: $(VENV)/.built
 types: $(VENV)/.built
 	$(RUN) -m mypy
 
+# Strict and offline, as in `make test`: a dead link is an error, and nothing is fetched.
+docs: $(VENV)/.built
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs --quiet build --strict
+
+docs-serve: $(VENV)/.built
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve
+
 test-oldest: $(OLDEST)/.built
 	$(TEST) $(OLDEST)/bin/python -m pytest -n 2
 
@@ -38,7 +45,7 @@ bench: $(VENV)/.built
 	$(RUN) -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST)
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) site
 
 $(VENV)/.ready: requirements/dev.txt
 	$(PYTHON) -m venv --clear $(VENV)

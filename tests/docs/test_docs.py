@@ -21,7 +21,7 @@ from gptoss_opt.core import WRAPPERS
 from tests.helpers import GOLDEN, group_of_one, ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 # What is no Python module (a library in C), or needs a package that is not there.
 WITH_TRITON = set() if importlib.util.find_spec("triton") else {"triton_kernels", "fused_cuda_kernels"}
 APART = {"__main__", "_native"} | WITH_TRITON
@@ -93,7 +93,7 @@ def test_pictures_are_of_what_the_commands_say_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Pages name the released checkpoint; offline, the small one stands in.
     load = AutoModelForCausalLM.from_pretrained
 
@@ -102,7 +102,7 @@ def test_code_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return load(name if Path(name).is_dir() else GOLDEN, dtype=dtype).to(dtype)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    names = namespace()
+    names = namespace() | {"folder": str(tmp_path)}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         exec(compile(block, page.name, "exec"), names)
 
