@@ -25,6 +25,7 @@ PUBLIC = {
     "IrreversibleError",
     "Plan",
     "PlanError",
+    "Rollouts",
     "Stack",
     "Verification",
     "Wrapper",
@@ -99,7 +100,8 @@ LAYERS: dict[str, set[str]] = {
     "parallel": {"checkpoint", "core", "distributed", "kernels", "layout", "model"},
     "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "monitoring", "parallel"},
     "serve": {"core", "distributed", "kernels", "model", "wrappers"},
-    "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
+    "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "serve", "table"}
+    | {"wrappers"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "verification": {"core", "distributed", "kernels", "model", "table"},
