@@ -32,9 +32,9 @@ class Rollouts:
     Draws take their seeds from torch's random numbers, so that `args.seed` makes a run repeatable.
 
     Args:
-        keep_pages: whether the batcher stays between rollouts. If not, its pages are given back before the training step
-            begins. If so, they are held while the step runs (`kv_bytes` says how many bytes), but CUDA graphs are
-            captured only once, and pages are allocated only once.
+        keep_pages: whether the batcher stays between rollouts. If not, its pages are given back before the training
+            step begins. If so, they are held while the step runs (`kv_bytes` says how many bytes), but they are
+            allocated only once, and CUDA graphs captured only once.
         max_num_sequences: how many completions are generated at once, at most.
         max_batch_tokens: how many tokens one forward computes.
         kv_memory: how many bytes keys and values may take; "auto" takes what the completions can need at most, within
@@ -72,7 +72,7 @@ class Rollouts:
     ) -> None:
         self.keep_pages = keep_pages
         self.max_num_sequences, self.max_batch_tokens = max_num_sequences, max_batch_tokens
-        self.options = {"kv_memory": kv_memory, "page_size": page_size, "cuda_graphs": cuda_graphs}
+        self.options: dict[str, Any] = {"kv_memory": kv_memory, "page_size": page_size, "cuda_graphs": cuda_graphs}
         self.stats: Stats | None = None
         self._batcher: ContinuousBatcher | None = None
         self._room = (0, 0)  # how many sequences it takes at once, and of how many tokens

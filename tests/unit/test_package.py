@@ -100,8 +100,7 @@ LAYERS: dict[str, set[str]] = {
     "parallel": {"checkpoint", "core", "distributed", "kernels", "layout", "model"},
     "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "monitoring", "parallel"},
     "serve": {"core", "distributed", "kernels", "model", "wrappers"},
-    "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "serve", "table"}
-    | {"wrappers"},
+    "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "serve", "table"} | {"wrappers"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "verification": {"core", "distributed", "kernels", "model", "table"},
