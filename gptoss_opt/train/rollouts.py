@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..core import mesh_of
 from ..core.record import wrapped_model
 from ..model import serving
 from ..serve import ContinuousBatcher, Stats
@@ -230,7 +231,13 @@ def _why_not_on(model: nn.Module) -> Iterator[str]:
             "attention of this model reads no pages, and is not to be changed between two training steps. Apply "
             "with_flash_attention(model) before it is trained."
         )
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    mesh = mesh_of(model)
+    if mesh is not None and mesh.mesh.size() > 1:
+        yield (
+            "several ranks hold this model together, and TRL shuffles completions by random numbers of each rank's own, "
+            "so that ranks would compute one forward of different rows. Use DDP, under which each rank holds the model."
+        )
+    elif any(isinstance(module, FSDPModule) for module in model.modules()):
         yield (
             "FSDP holds a part of each parameter on each rank, and ranks that complete prompts of their own would wait "
             "for each other. Use DDP, under which each rank holds the model."
