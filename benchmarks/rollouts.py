@@ -1,4 +1,4 @@
-"""The completions of one step of GRPO: by the batcher, beside transformers' generate, on the very model that is trained.
+"""Completions of one step of GRPO by the batcher, beside transformers' generate, on the very model that is trained.
 
 Both complete the same prompts, each as often as a group is large, on one model in one process, with adapters on packed
 experts. Completions end at an id drawn by chance (one of every few is an end), or all at the same length.
@@ -93,7 +93,8 @@ class Step(Case):
 
     def options(self, model: Any) -> dict[str, Any]:
         """How completions are sampled and end."""
-        ends = [-1] if self.end_every is None else [*range(0, model.config.vocab_size, self.end_every)]
+        vocab_size = model.config.vocab_size
+        ends = [vocab_size] if self.end_every is None else [*range(0, vocab_size, self.end_every)]
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return {**sampling, "max_new_tokens": self.settings.new_tokens, "eos_token_id": ends}
 
@@ -112,10 +113,7 @@ class Step(Case):
             shared.append(rollouts.stats.prefix_tokens if rollouts.stats else 0)
 
         def theirs() -> None:
-            mask = torch.ones_like(prompts)
-            count(
-                THEIRS, model.generate(prompts, attention_mask=mask, pad_token_id=options["eos_token_id"][0], **options)
-            )
+            count(THEIRS, model.generate(prompts, attention_mask=torch.ones_like(prompts), **options))
 
         shared: list[int] = []
         times = alternate({OURS: ours, THEIRS: theirs}, repeats)

@@ -222,6 +222,12 @@ def _why_not_for(trainer: Any) -> Iterator[str]:
             "after a tool's answer the trainer goes on by model.generate, past rollout_func. Leave rollout_func out, "
             "and train inside `with rollouts.generating(model):`."
         )
+    precision, dtype = trainer.accelerator.mixed_precision, trainer.model.dtype
+    if precision in ("bf16", "fp16") and dtype == torch.float32:
+        yield (
+            f"under {precision}=True a float32 model computes keys in another dtype than its pages have. Load the "
+            f"model with dtype=torch.bfloat16, or give the trainer {precision}=False."
+        )
 
 
 def _why_not_on(model: nn.Module) -> Iterator[str]:
@@ -234,8 +240,8 @@ def _why_not_on(model: nn.Module) -> Iterator[str]:
     mesh = mesh_of(model)
     if mesh is not None and mesh.mesh.size() > 1:
         yield (
-            "several ranks hold this model together, and TRL shuffles completions by random numbers of each rank's own, "
-            "so that ranks would compute one forward of different rows. Use DDP, under which each rank holds the model."
+            "several ranks hold this model together, and TRL shuffles completions by random numbers of each rank: they "
+            "would compute one forward of different rows. Use DDP, under which each rank holds the model."
         )
     elif any(isinstance(module, FSDPModule) for module in model.modules()):
         yield (

@@ -151,6 +151,7 @@ def test_logprobs_are_those_of_a_full_forward(serve: Serve, prompts: Prompts) ->
 
 def test_logprobs_at_a_temperature(serve: Serve, prompts: Prompts) -> None:
     model = tiny_model(torch.float64)
+    model.set_experts_implementation("eager")
     options = {"max_new_tokens": 8, "temperature": 0.5, "top_k": 4, "seed": 1, "progress": False}
     batcher = serve(model)
     made = batcher.generate(prompts, return_logprobs=True, logprobs_temperature=0.5, **options)
