@@ -23,6 +23,7 @@ BENCHMARKS = {
     "parallel": "sharded models on two processes, beside transformers' expert parallelism (--layers N)",
     "batching": "continuous batching, beside vLLM and transformers",
     "finetune": "LoRA on attention and experts, beside transformers and peft",
+    "rollouts": "completions of one step of GRPO on the model that is trained, beside transformers' generate",
     "one_gpu": "the whole 20b on one GPU: one user, and many requests at once, beside transformers",
     "whole": "a whole model for one user: decoding and a prompt, beside transformers, llama.cpp and vLLM",
     "mapped": "a packed checkpoint read and mapped: first token, memory, decoding",

@@ -8,7 +8,7 @@ from .doctor import doctor
 from .model.adapters import adapters_off
 from .planner import HardwareError, Plan, PlanError, optimize, plan
 from .serve import ContinuousBatcher, GenerationError
-from .train import export, load_adapter, merge_lora
+from .train import Rollouts, export, load_adapter, merge_lora
 from .verification import Verification, verify
 from .version import __version__
 from .wrappers.chunked_loss import with_chunked_loss
@@ -33,6 +33,7 @@ __all__ = [
     "IrreversibleError",
     "Plan",
     "PlanError",
+    "Rollouts",
     "Stack",
     "Verification",
     "Wrapper",

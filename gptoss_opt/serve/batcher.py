@@ -34,6 +34,7 @@ class ContinuousBatcher:
         model: a GptOssForCausalLM.
         max_num_sequences: how many are generated at once; others wait in the order they came.
         max_batch_tokens: how many tokens one forward computes.
+        max_length: how many tokens a prompt and its completion may have together; None for what the model allows.
         kv_memory: how many bytes keys and values may take on this rank, or "auto": on a GPU nine tenths of what a full
             step leaves free; on a CPU what is needed at most, up to half of what is free.
         page_size: how many tokens share a page.
@@ -61,12 +62,13 @@ class ContinuousBatcher:
         *,
         max_num_sequences: int = 64,
         max_batch_tokens: int = 2048,
+        max_length: int | None = None,
         kv_memory: int | str = "auto",
         page_size: int = 16,
         share_prefixes: bool = True,
         cuda_graphs: bool = True,
     ) -> None:
-        _check(max_num_sequences, max_batch_tokens, kv_memory, page_size)
+        _check(max_num_sequences, max_batch_tokens, max_length, kv_memory, page_size)
         if problems := [f"ContinuousBatcher: {reason}" for reason in serving.why_not_served(model)]:
             raise CompatibilityError(problems)
         self.model, user = model, object()
@@ -76,6 +78,7 @@ class ContinuousBatcher:
                 model,
                 max_num_sequences=max_num_sequences,
                 max_batch_tokens=max_batch_tokens,
+                max_length=max_length,
                 kv_memory=kv_memory,
                 page_size=page_size,
                 share_prefixes=share_prefixes,
@@ -99,6 +102,7 @@ class ContinuousBatcher:
         tokenizer: Any = None,
         progress: bool = True,
         return_exceptions: bool = False,
+        return_logprobs: bool = False,
         **options: Any,
     ) -> list[Any]:
         """Complete all prompts, and return when all are done.
@@ -110,6 +114,8 @@ class ContinuousBatcher:
             tokenizer: makes ids of texts, and texts of what is generated.
             progress: whether to show a bar.
             return_exceptions: put the error of a prompt in its place, instead of raising it.
+            return_logprobs: return for each prompt what it would otherwise, and a list with the log-probability of each
+                new token, by the model, before temperature and the like.
             options: as in `submit`.
 
         Returns:
@@ -136,6 +142,8 @@ class ContinuousBatcher:
             if len(configs) != len(prompts):
                 given = f"{len(configs)} configs for {len(prompts)} prompts"
                 raise ValueError(f"{given}: give one for all, or one for each.")
+            if return_logprobs:
+                options["logprobs"] = options.get("logprobs") or 0
             # What can be read once only is read for all prompts.
             options = {name: tuple(value) if isinstance(value, Iterator) else value for name, value in options.items()}
             made: list[Request | ValueError] = []
@@ -144,7 +152,7 @@ class ContinuousBatcher:
                 if isinstance(made[-1], ValueError) and not return_exceptions:
                     raise made[-1]
             self._complete([one for one in made if isinstance(one, Request)], progress)
-            results += [_result_of(one, tokenizer) for one in made]
+            results += [_result_of(one, tokenizer, return_logprobs) for one in made]
             failed = [result for result in results if isinstance(result, GenerationError)]
             if failed and not return_exceptions:
                 error = GenerationError(f"{len(failed)} of {len(results)} could not be completed: {failed[0]}")
@@ -161,6 +169,7 @@ class ContinuousBatcher:
         seed: int | None = None,
         stop_token_ids: Iterable[int] = (),
         logprobs: int | None = None,
+        logprobs_temperature: float = 1.0,
         **options: Any,
     ) -> Request:
         """Let a prompt be completed, and return at once. From any thread.
@@ -175,6 +184,7 @@ class ContinuousBatcher:
                 one it is drawn from torch's random numbers.
             stop_token_ids: ids that end the completion, beside `eos_token_id`.
             logprobs: for how many of the likeliest tokens to give log-probabilities, beside the chosen one's.
+            logprobs_temperature: what logits are divided by for them, as losses of reinforcement learning do.
             options: fields of `GenerationConfig`, heard before `generation_config`: `max_new_tokens`, `do_sample`,
                 `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens`, `eos_token_id`,
                 `stop_strings`, `num_return_sequences`. A temperature, top-k, top-p or min-p turns sampling on; an
@@ -196,7 +206,8 @@ class ContinuousBatcher:
             raise RuntimeError(
                 "several ranks hold the model: submit inside `with batcher:`, which each of them enters."
             )
-        options |= {"seed": seed, "stop_token_ids": stop_token_ids, "logprobs": logprobs}
+        options |= {"seed": seed, "stop_token_ids": stop_token_ids}
+        options |= {"logprobs": logprobs, "logprobs_temperature": logprobs_temperature}
         # A request that goes on keeps the batcher.
         requests = self._builder.build(prompt, generation_config, tokenizer, options, self.step)
         stepper.send(requests)
@@ -278,10 +289,11 @@ def _give_back(stepper: Stepper, model: nn.Module, user: object) -> None:
 FOLLOWS = "this rank follows the first, which schedules: submit there."
 
 
-def _check(max_num_sequences: Any, max_batch_tokens: Any, kv_memory: Any, page_size: Any) -> None:
+def _check(max_num_sequences: Any, max_batch_tokens: Any, max_length: Any, kv_memory: Any, page_size: Any) -> None:
     for name, value, extra in (
         ("max_num_sequences", max_num_sequences, ""),
         ("max_batch_tokens", max_batch_tokens, ""),
+        ("max_length", 1 if max_length is None else max_length, ", or None"),
         ("page_size", page_size, ""),
         ("kv_memory", 1 if kv_memory == "auto" else kv_memory, ' of bytes, or "auto"'),
     ):
@@ -294,12 +306,13 @@ def _check(max_num_sequences: Any, max_batch_tokens: Any, kv_memory: Any, page_s
         )
 
 
-def _result_of(request: Request | ValueError, tokenizer: Any) -> Any:
+def _result_of(request: Request | ValueError, tokenizer: Any, with_logprobs: bool) -> Any:
     if isinstance(request, ValueError):
         return request
     try:
         tokens = request.result()
-        return tokens if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+        made = tokens if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+        return (made, [one.logprob for one in request.logprobs]) if with_logprobs else made
     except GenerationError as error:
         return error
     except Exception as error:

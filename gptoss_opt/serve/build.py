@@ -28,6 +28,7 @@ def build_engine(
     *,
     max_num_sequences: int,
     max_batch_tokens: int,
+    max_length: int | None,
     kv_memory: int | str,
     page_size: int,
     share_prefixes: bool,
@@ -37,7 +38,7 @@ def build_engine(
     groups = tuple(Group(kind, *found) for kind, found in serving.kinds_of_layers(model).items())
     shape, mesh = serving.key_shape(model), mesh_of(model)
     config: Any = model.config
-    max_tokens = config.max_position_embeddings
+    max_tokens = min(config.max_position_embeddings, max_length or config.max_position_embeddings)
     bytes_of_page = page_size * shape.num_bytes * max(len(group.layers) for group in groups)
 
     if shape.device.type != "cuda":

@@ -77,7 +77,8 @@ class RequestBuilder:
         if wanted > self.max_tokens:
             raise ValueError(
                 f"{len(ids)} tokens of the prompt and max_new_tokens={chosen.max_new_tokens} are more than the "
-                f"{self.max_tokens} that the model allows (max_position_embeddings). Shorten one of them."
+                f"{self.max_tokens} that the model (max_position_embeddings) or the batcher (max_length) allows. "
+                "Shorten one of them."
             )
         if reason := self.why_never(wanted):
             raise ValueError(reason)

@@ -43,7 +43,8 @@ class Logprobs(NamedTuple):
 
     Attributes:
         token: the id that was chosen.
-        logprob: its log-probability (natural) by the model, before temperature and the like.
+        logprob: its log-probability (natural) by the model, before top-k and the like, at the temperature
+            `Options.logprobs_temperature` (1, if nothing is said: the model's own).
         likeliest: (id, log-probability) of the likeliest tokens, the likeliest first.
     """
 
@@ -82,7 +83,9 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     found = [Drawn(None if token < 0 else token) for token in made]
     wanted = [row for row, one in enumerate(draws) if one.options.logprobs is not None and made[row] >= 0]
     if wanted:
-        logprobs = logits[torch.tensor(wanted, device=logits.device)].double().log_softmax(-1)
+        scores = logits[torch.tensor(wanted, device=logits.device)].double()
+        temperatures = [draws[row].options.logprobs_temperature for row in wanted]
+        logprobs = (scores / scores.new_tensor(temperatures)[:, None]).log_softmax(-1)
         chosen = logprobs.gather(-1, tokens[wanted][:, None])[:, 0].tolist()
         max_count = max(draws[row].options.logprobs or 0 for row in wanted)
         values, ids = logprobs.topk(min(max_count, logits.shape[-1]))

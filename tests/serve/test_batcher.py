@@ -149,6 +149,32 @@ def test_logprobs_are_those_of_a_full_forward(serve: Serve, prompts: Prompts) ->
             assert torch.allclose(torch.tensor([value for _, value in one.likeliest]), values.float(), atol=1e-5)
 
 
+def test_logprobs_at_a_temperature(serve: Serve, prompts: Prompts) -> None:
+    model = tiny_model(torch.float64)
+    model.set_experts_implementation("eager")
+    options = {"max_new_tokens": 8, "temperature": 0.5, "top_k": 4, "seed": 1, "progress": False}
+    batcher = serve(model)
+    made = batcher.generate(prompts, return_logprobs=True, logprobs_temperature=0.5, **options)
+    own = batcher.generate(prompts, return_logprobs=True, **options)
+    assert [tokens for tokens, _ in made] == [tokens for tokens, _ in own] == batcher.generate(prompts, **options)
+    for prompt, (tokens, logprobs), (_, others) in zip(prompts, made, own, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        for temperature, found in ((0.5, logprobs), (1.0, others)):
+            truth = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+            assert found == pytest.approx(truth.tolist(), abs=1e-9)
+        assert max(abs(a - b) for a, b in zip(logprobs, others, strict=True)) > 1e-2
+
+
+def test_a_length_bounds_the_pages(serve: Serve) -> None:
+    batcher = serve(kv_memory="auto", max_length=40)
+    # Of four sequences: three pages in the full layer, and two behind the window of 8 in those that slide.
+    assert batcher.stats().num_pages == 4 * (3 + 2)
+    assert len(batcher.submit([1] * 32, max_new_tokens=8, eos_token_id=-1).result()) == 8
+    with pytest.raises(ValueError, match=r"more than the 40 that the model .* or the batcher \(max_length\) allows"):
+        batcher.submit([1] * 32, max_new_tokens=9)
+
+
 def test_a_seed_gives_the_same_whatever_is_beside_it(serve: Serve, prompts: Prompts) -> None:
     sampled = {"max_new_tokens": NEW, "temperature": 1.5, "top_p": 0.95}
     by_itself = serve(max_num_sequences=1).submit(prompts[1], seed=7, **sampled).result()
@@ -252,6 +278,7 @@ WRONG = {
     "part of a token": ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, and must be a whole number"),
     "part of a rank": ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5, and must be a whole number"),
     "part of a logprob": ({"logprobs": 2.5}, "logprobs is 2.5, and must be a whole number"),
+    "no temperature": ({"logprobs_temperature": 0}, "logprobs_temperature is 0, and must be a number above 0"),
     "more than there are numbers": ({"temperature": 10**400}, "temperature is 1000.*, and must be a number"),
     "no strings": ({"stop_strings": 5}, "stop_strings are texts, not 5"),
     "less than one": ({"num_return_sequences": -1}, "num_return_sequences is -1"),
@@ -260,7 +287,10 @@ WRONG = {
     "zero that means something": ({"forced_eos_token_id": 0}, "does not implement forced_eos_token_id=0"),
     "more than the most": ({"min_new_tokens": 30}, "min_new_tokens is 30, more than max_new_tokens, 20"),
     "greedy completions": ({"num_return_sequences": 2}, "greedy completions of one prompt are all the same"),
-    "too long": ({"max_new_tokens": 200_000}, "more than the 131072 that the model allows"),
+    "too long": (
+        {"max_new_tokens": 200_000},
+        r"more than the 131072 that the model \(max_position_embeddings\) or the batcher",
+    ),
     "too many pages": ({"max_new_tokens": 100_000}, "100003 tokens need 6253 pages of 16 tokens, and there are 128"),
 }
 
@@ -316,6 +346,7 @@ def test_prompts_that_are_none(prompt: Any, message: str, serve: Serve, prompts:
         ({"kv_memory": "most"}, "kv_memory is 'most', and must be a number of at least 1 of bytes, or \"auto\""),
         ({"kv_memory": 1000}, "kv_memory of 1,000 bytes is less than a page"),
         ({"page_size": 1.5}, "page_size is 1.5"),
+        ({"max_length": 0}, "max_length is 0, and must be a number of at least 1, or None"),
     ],
 )
 def test_batchers_that_make_no_sense(options: Any, message: str) -> None:

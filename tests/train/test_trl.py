@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from gptoss_opt import adapters_off, stack_of, undo, with_flash_attention, with_
 from gptoss_opt.wrappers.lora import TARGETS
 from tests.finetune.chats import MARKED, assistant, tokenizer, user
 from tests.helpers import relative
-from tests.train.twins import adapted, assert_only_adapters_changed, in_peft, plain, values
+from tests.train.twins import adapted, assert_only_adapters_changed, in_peft, plain, values, without_adapters
 
 datasets = pytest.importorskip("datasets", reason="TRL needs Python 3.11")
 trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
@@ -170,12 +169,6 @@ def dpo_with_own_base(folder: Path, *targets: str) -> Any:
 
 
 # DPO
-
-
-def without_adapters(model: Any) -> Any:
-    """A model with the same parameters and no adapters."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return undo(copy.deepcopy(model, shared), with_lora, discard=True).requires_grad_(False)
 
 
 def fresh() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from gptoss_opt import save_adapter, with_lora
+from gptoss_opt import save_adapter, undo, with_lora
 from gptoss_opt.wrappers.lora import TARGETS
 from tests.helpers import tiny_model
 
@@ -42,6 +43,12 @@ def in_peft(model: Any, folder: Path, base: Any = None) -> Any:
     """The same adapters, as peft has them on a plain model."""
     save_adapter(model, folder)
     return PeftModel.from_pretrained(plain() if base is None else base, folder, is_trainable=True)
+
+
+def without_adapters(model: Any) -> Any:
+    """A model with the same parameters and no adapters."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return undo(copy.deepcopy(model, shared), with_lora, discard=True).requires_grad_(False)
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
