@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..planner import RELEASED_AT
-from . import arguments, completing, show, stacks
+from . import arguments, completing, serving, show, stacks
 
 DONE, NO, MISTAKE = 0, 1, 2
 """Exit codes: done; the answer is no; the user's mistake."""
@@ -153,6 +153,47 @@ def run(
             options=", ".join(f"{name}={value!r}" for name, value in options.items()),
         )
     _answered(answer, code, show_code)
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its completion.")] = 4096,
+    max_num_sequences: Annotated[int, typer.Option(min=1, help="Completions that are made at once.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Completions that may wait; more are refused (429).")] = 256,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=serving.API_KEY, help="What clients must send.", show_envvar=True)
+    ] = None,
+    harmony: Annotated[
+        bool | None,
+        typer.Option(
+            "--harmony/--no-harmony",
+            help="Whether openai-harmony tells thoughts from answers.",
+            show_default="where it is installed",
+        ),
+    ] = None,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests may take to finish after SIGTERM or Ctrl-C.")
+    ] = 30.0,
+    show_code: ShowCode = False,
+) -> None:
+    """Serve a model as OpenAI's API does, until SIGTERM or Ctrl-C."""
+    planned = {"task": "serve", "context": context, "batch": max_num_sequences}
+    options = {
+        "host": host,
+        "port": port,
+        "shutdown_timeout": shutdown_timeout,
+        "name": name or serving.name_of(model),
+        "context": context,
+        "max_num_sequences": max_num_sequences,
+        "max_waiting": max_waiting,
+        "harmony": harmony,
+    }
+    code = serving.code(model, planned, options, with_key=api_key is not None)
+    _answered(lambda: serving.serve(model, planned, {**options, "api_key": api_key}), code, show_code)
 
 
 @app.command()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from ..finetune.recipe import tokenizer_of
+from ..serve import pieces
 
 CODE = """\
 from transformers import AutoTokenizer
@@ -35,8 +35,6 @@ CHAT = """tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
             )"""
 PLAIN = "tokenizer(prompt)"
-UNFINISHED = "\ufffd"
-"""What a tokenizer writes for a character of which some tokens are still to come."""
 
 
 def prompts_of(given: list[str] | None, file: Path | None) -> list[str]:
@@ -86,7 +84,7 @@ def _write(tokenizer: Any, prompt: str, request: Any, as_json: bool) -> None:
         row = {"prompt": prompt, "text": text, "tokens": request.tokens, "finish_reason": request.finish_reason}
         typer.echo(json.dumps(row))
         return
-    for piece in _pieces(tokenizer, request):
+    for piece in pieces(tokenizer, request):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -96,16 +94,3 @@ def _encoded(tokenizer: Any, prompt: str, raw: bool) -> Any:
         return tokenizer(prompt)
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-
-
-def _pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens, as far as it is settled, while they come."""
-    seen: list[int] = []
-    written = 0
-    for token in tokens:
-        seen.append(token)
-        text = tokenizer.decode(seen, skip_special_tokens=True)
-        if not text.endswith(UNFINISHED):
-            yield text[written:]
-            written = len(text)
-    yield tokenizer.decode(seen, skip_special_tokens=True)[written:]

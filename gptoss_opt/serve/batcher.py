@@ -228,6 +228,11 @@ class ContinuousBatcher:
         """The numbers of the work so far. They print as a table."""
         return self._stepper.engine.stats()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: it was closed, or a step failed."""
+        return self._stepper.closed is not None
+
     def close(self) -> None:
         """End what goes on, with an error, and leave the model as it was. A second call does nothing."""
         self._close(wait=False)

@@ -16,6 +16,10 @@ from .request import Request
 Prompt = str | Sequence[int] | torch.Tensor | Mapping[str, Any]
 
 
+class TooLongError(ValueError):
+    """A prompt and what is to follow it are more tokens than the model or the pages hold."""
+
+
 def unpadded(encoded: Mapping[str, Any]) -> list[Any]:
     """The rows of token ids that a tokenizer returned, without padding; a single row of ids is one too."""
 
@@ -75,13 +79,13 @@ class RequestBuilder:
         chosen = replace(chosen, stop_token_ids=within)
         wanted = len(ids) + chosen.max_new_tokens
         if wanted > self.max_tokens:
-            raise ValueError(
+            raise TooLongError(
                 f"{len(ids)} tokens of the prompt and max_new_tokens={chosen.max_new_tokens} are more than the "
                 f"{self.max_tokens} that the model (max_position_embeddings) or the batcher (max_length) allows. "
                 "Shorten one of them."
             )
         if reason := self.why_never(wanted):
-            raise ValueError(reason)
+            raise TooLongError(reason)
         decode = None
         if chosen.stop_strings:
             decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)

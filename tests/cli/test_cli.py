@@ -15,7 +15,7 @@ import pytest
 from gptoss_opt import cli, doctor, plan
 from gptoss_opt.testing import random_checkpoint
 
-COMMANDS = ("plan", "run", "verify", "bench", "doctor", "demo", "finetune")
+COMMANDS = ("plan", "run", "verify", "bench", "doctor", "demo", "finetune", "serve")
 
 
 @pytest.fixture(scope="module")

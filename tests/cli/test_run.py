@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from gptoss_opt import cli
-from gptoss_opt.cli.completing import _pieces
 from gptoss_opt.testing import random_checkpoint
 from tests.finetune import chats
 
@@ -54,15 +53,6 @@ def test_text_is_written_as_it_comes(path: str, capsys: pytest.CaptureFixture[st
     assert cli.main(["run", path, *PROMPTS, *SHORT]) == 0
     out = capsys.readouterr().out
     assert all(f"> {prompt}\n" in out for prompt in PROMPTS)
-
-
-def test_characters_of_several_tokens_are_written_whole() -> None:
-    class Bytes:
-        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-            return bytes(tokens).decode(errors="replace")
-
-    assert list(_pieces(Bytes(), "aé!".encode())) == ["a", "é", "!", ""]
-    assert "".join(_pieces(Bytes(), b"a\xc3")) == "a\ufffd"
 
 
 @pytest.mark.parametrize("raw", [[], ["--raw"]])

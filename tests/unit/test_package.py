@@ -101,6 +101,7 @@ LAYERS: dict[str, set[str]] = {
     "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "monitoring", "parallel"},
     "serve": {"core", "distributed", "kernels", "model", "wrappers"},
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "serve", "table"} | {"wrappers"},
+    "endpoint": {"core", "serve"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "verification": {"core", "distributed", "kernels", "model", "table"},
@@ -111,7 +112,7 @@ LAYERS: dict[str, set[str]] = {
     "testing": set(),
     "demo": {"apart", "benchmarking", "layout", "table", "testing", "model", "checkpoint", "serve", ""},
     "doctor": {"kernels", "planner", "table", "version"},
-    "cli": {"demo", "doctor", "finetune", "planner", "table", ""},
+    "cli": {"demo", "doctor", "endpoint", "finetune", "planner", "serve", "table", ""},
     "__main__": {"cli"},
     "__init__": {"benchmarking", "checkpoint", "core", "distributed", "doctor", "model", "planner", "serve", "train"}
     | {"verification", "version", "wrappers"},
@@ -124,6 +125,7 @@ KNOWN = {
     "checkpoint": {"huggingface_hub", "packaging", "tqdm", "transformers"},
     "parallel": {"accelerate", "transformers"},
     "serve": {"psutil", "tqdm", "transformers"},
+    "endpoint": {"anyio", "fastapi", "openai_harmony", "pydantic", "pydantic_core", "starlette", "uvicorn"},
     "train": {"tqdm"},
     "verification": {"tqdm"},
     "benchmarking": {"tqdm", "transformers"},
@@ -238,7 +240,7 @@ def test_no_file_holds_two_ideas() -> None:
 def test_imports_without_anything_optional() -> None:
     code = """
 import sys
-for name in ("triton", "flash_attn", "flash_attn_interface", "peft", "kernels"):
+for name in ("triton", "flash_attn", "flash_attn_interface", "peft", "kernels", "fastapi", "uvicorn"):
     sys.modules[name] = None
 import gptoss_opt
 assert gptoss_opt.with_flash_attention(backend="torch")
