@@ -11,10 +11,15 @@ from itertools import chain, zip_longest
 Cell = str | tuple[str, ...]
 """A cell is one paragraph, or a tuple of paragraphs that start on lines of their own."""
 
+SHORT = 24
+"""Paragraphs of up to so many characters are never broken in HTML, however narrow the page is."""
+
 
 @dataclass(frozen=True)
 class Table:
     """A table of text: `str` gives aligned lines, and a notebook shows HTML.
+
+    HTML sets no colours, so that it is read in light and dark themes alike.
 
     Attributes:
         columns: the headings.
@@ -65,4 +70,10 @@ def _wrap(paragraphs: tuple[str, ...], width: int) -> tuple[str, ...]:
 
 
 def _html_cell(cell: Cell) -> str:
-    return f"<td style='text-align:left;vertical-align:top'>{'<br>'.join(map(html.escape, _paragraphs(cell)))}</td>"
+    paragraphs = _paragraphs(cell)
+    space = "pre" if max(map(len, paragraphs), default=0) <= SHORT else "pre-wrap"
+    parts = map(html.escape, paragraphs)
+    if len(paragraphs) > 1:
+        # Lines after the first are indented, so that each paragraph is seen to begin.
+        parts = (f"<div style='padding-left:1em;text-indent:-1em'>{part}</div>" for part in parts)
+    return f"<td style='text-align:left;vertical-align:top;white-space:{space}'>{''.join(parts)}</td>"

@@ -98,7 +98,7 @@ LAYERS: dict[str, set[str]] = {
     "checkpoint": {"core", "distributed", "kernels", "layout", "model"},
     "parallel": {"checkpoint", "core", "distributed", "kernels", "layout", "model"},
     "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "monitoring", "parallel"},
-    "serve": {"core", "distributed", "kernels", "model", "wrappers"},
+    "serve": {"core", "distributed", "kernels", "model", "table", "wrappers"},
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
