@@ -15,7 +15,7 @@ SHORT = 24
 """Paragraphs of up to so many characters are never broken in HTML, however narrow the page is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """A table of text: `str` gives aligned lines, and a notebook shows HTML.
 
@@ -54,6 +54,8 @@ class Table:
         rule = cross.join("-" * (width + 2 * len(margin)) for width in widths)
         parts = [rule, *chain(*((row, rule) for row in (head, *body)))] if self.widths else [head, rule, *body]
         return "\n".join(parts)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th style='text-align:left'>{html.escape(heading)}</th>" for heading in self.columns)

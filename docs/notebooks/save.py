@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from traitlets.config import Config
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -36,7 +36,7 @@ def executed(notebook: NotebookNode) -> tuple[NotebookNode, dict[str, Any]]:
         environment = os.environ | ENVIRONMENT | {"PYTHONPATH": paths, "IPYTHONDIR": folder}
         # Sockets in files, which notebooks that run at the same time cannot confuse.
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
-        client = NotebookClient(notebook, kernel_name="python3", timeout=300, config=sockets)
+        client = NotebookClient(notebook, kernel_name="python3", timeout=300, coalesce_streams=True, config=sockets)
         client.execute(cwd=folder, env=environment)
         return client.nb, client.widget_state
 

@@ -42,14 +42,14 @@ def figure(steps: Sequence[Step]) -> Any:
     except ImportError as error:
         raise ImportError('a picture needs matplotlib: pip install "gptoss-opt[train]".') from error
 
-    class Shown(Figure):
+    class Picture(Figure):
         # A notebook shows a plain figure only where pyplot was imported.
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
             self.savefig(file, format="png")
             return file.getvalue()
 
-    made = Shown(figsize=(10, 7), layout="constrained")
+    made = Picture(figsize=(10, 7), layout="constrained")
     axes: Any = made.subplots(2, 2)
     drawn: list[tuple[Any, str, list[tuple[int, float | None]]]] = [
         (axes[0, 0], "loss", [(step.number, step.loss) for step in steps]),

@@ -16,7 +16,7 @@ MAX_TIMES = 10_000
 PERCENTILES = (50, 90, 99)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stats:
     """The work of a batcher so far: prints as a table, and shows as HTML in a notebook.
 
@@ -59,10 +59,14 @@ class Stats:
     @property
     def table(self) -> Table:
         """A row for each number."""
-        return Table(("of the batcher", "so far"), [(one.name, _shown(getattr(self, one.name))) for one in fields(self)])
+        return Table(
+            ("of the batcher", "so far"), [(one.name, _shown(getattr(self, one.name))) for one in fields(self)]
+        )
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<22} {value}" for name, value in self.table.rows)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.table._repr_html_()
