@@ -45,9 +45,10 @@ def still(model: str, widgets: dict[str, Any]) -> NotebookNode:
     """A progress bar of tqdm in its last state, as HTML that needs no kernel."""
     names = [name.removeprefix("IPY_MODEL_") for name in widgets[model]["children"]]
     left, bar, right = (widgets[name] for name in names)
-    progress = f"<progress value='{bar['value']:g}' max='{bar['max']:g}'></progress>"
-    text = html.unescape(f"{left['value']} {right['value']}")
-    return NotebookNode({"text/html": f"{left['value']} {progress} {right['value']}", "text/plain": text})
+    # tqdm writes spaces as wide as a digit.
+    before, after = (one["value"].replace("\u2007", " ").strip() for one in (left, right))
+    progress = f"<progress style='vertical-align:middle' value='{bar['value']:g}' max='{bar['max']:g}'></progress>"
+    return NotebookNode({"text/html": f"{before} {progress} {after}", "text/plain": html.unescape(f"{before} {after}")})
 
 
 def saved(notebook: NotebookNode, widgets: dict[str, Any]) -> NotebookNode:

@@ -41,7 +41,7 @@ plain = AutoModelForCausalLM.from_pretrained(scratch / "merged", dtype=torch.flo
 with torch.no_grad():
     plain_loss = plain(rows, labels=rows).loss.item()
 differences = [(merged(rows).logits - one).abs().max().item() for one in (adapted, base)]
-facts = {"losses": losses, "plain_loss": plain_loss, "differences": differences, "measured": len(monitor.steps)}
+facts = {"losses": losses, "plain_loss": plain_loss, "differences": differences, "measured": sum(step.grad_norm is not None for step in monitor.steps)}
 """,
 }
 
