@@ -60,7 +60,8 @@ class Table:
     def _repr_html_(self) -> str:
         head = "".join(f"<th style='text-align:left'>{html.escape(heading)}</th>" for heading in self.columns)
         body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in self.rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # The margin parts tables that follow each other, where the page has none.
+        return f"<div style='margin-bottom:1em'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _paragraphs(cell: Cell) -> tuple[str, ...]:

@@ -41,7 +41,8 @@ plain = AutoModelForCausalLM.from_pretrained(scratch / "merged", dtype=torch.flo
 with torch.no_grad():
     plain_loss = plain(rows, labels=rows).loss.item()
 differences = [(merged(rows).logits - one).abs().max().item() for one in (adapted, base)]
-facts = {"losses": losses, "plain_loss": plain_loss, "differences": differences, "measured": sum(step.grad_norm is not None for step in monitor.steps)}
+trained_steps = sum(step.grad_norm is not None for step in monitor.steps)
+facts = {"losses": losses, "plain_loss": plain_loss, "differences": differences, "trained_steps": trained_steps}
 """,
 }
 
@@ -113,7 +114,7 @@ def test_the_merged_model_is_the_adapted_one() -> None:
     from_adapted, from_base = facts["differences"]
     assert from_adapted < 1e-3 < 1 < from_base
     assert facts["plain_loss"] < 0.5 * facts["losses"][0]
-    assert facts["measured"] == 20
+    assert facts["trained_steps"] == 20
     check_saved("finetune_and_merge", notebook, widgets)
 
 

@@ -45,10 +45,10 @@ def test_cells_are_wrapped_to_widths_with_rules_between_rows() -> None:
 def test_html_is_escaped() -> None:
     page = Table(("a < b",), [(("x & y", "<b>"),)])._repr_html_()
     assert page == (
-        "<table><thead><tr><th style='text-align:left'>a &lt; b</th></tr></thead>"
+        "<div style='margin-bottom:1em'><table><thead><tr><th style='text-align:left'>a &lt; b</th></tr></thead>"
         "<tbody><tr><td style='text-align:left;vertical-align:top;white-space:pre'>"
         "<div style='padding-left:1em;text-indent:-1em'>x &amp; y</div>"
-        "<div style='padding-left:1em;text-indent:-1em'>&lt;b&gt;</div></td></tr></tbody></table>"
+        "<div style='padding-left:1em;text-indent:-1em'>&lt;b&gt;</div></td></tr></tbody></table></div>"
     )
 
 
