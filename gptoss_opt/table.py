@@ -61,7 +61,9 @@ class Table:
         head = "".join(f"<th style='text-align:left'>{html.escape(heading)}</th>" for heading in self.columns)
         body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in self.rows)
         # The margin parts tables that follow each other, where the page has none.
-        return f"<div style='margin-bottom:1em'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        return (
+            f"<div style='margin-bottom:1em'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
 
 
 def _paragraphs(cell: Cell) -> tuple[str, ...]:
