@@ -11,10 +11,15 @@ from itertools import chain, zip_longest
 Cell = str | tuple[str, ...]
 """A cell is one paragraph, or a tuple of paragraphs that start on lines of their own."""
 
+SHORT = 24
+"""Paragraphs of up to so many characters are never broken in HTML, however narrow the page is."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Table:
     """A table of text: `str` gives aligned lines, and a notebook shows HTML.
+
+    HTML sets no colours, so that it is read in light and dark themes alike.
 
     Attributes:
         columns: the headings.
@@ -50,10 +55,15 @@ class Table:
         parts = [rule, *chain(*((row, rule) for row in (head, *body)))] if self.widths else [head, rule, *body]
         return "\n".join(parts)
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         head = "".join(f"<th style='text-align:left'>{html.escape(heading)}</th>" for heading in self.columns)
         body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in self.rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # The margin parts tables that follow each other, where the page has none.
+        return (
+            f"<div style='margin-bottom:1em'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
 
 
 def _paragraphs(cell: Cell) -> tuple[str, ...]:
@@ -65,4 +75,10 @@ def _wrap(paragraphs: tuple[str, ...], width: int) -> tuple[str, ...]:
 
 
 def _html_cell(cell: Cell) -> str:
-    return f"<td style='text-align:left;vertical-align:top'>{'<br>'.join(map(html.escape, _paragraphs(cell)))}</td>"
+    paragraphs = _paragraphs(cell)
+    space = "pre" if max(map(len, paragraphs), default=0) <= SHORT else "pre-wrap"
+    parts = map(html.escape, paragraphs)
+    if len(paragraphs) > 1:
+        # Lines after the first are indented, so that each paragraph is seen to begin.
+        parts = (f"<div style='padding-left:1em;text-indent:-1em'>{part}</div>" for part in parts)
+    return f"<td style='text-align:left;vertical-align:top;white-space:{space}'>{''.join(parts)}</td>"

@@ -105,7 +105,7 @@ def race(ours: Runner, theirs: Runner, folder: Path, repeats: int, device: Devic
     """
     both = [one for one in (ours, theirs) if one.measured.absent is None]
     steps = len(both) * (1 + repeats) + 2
-    with ExitStack() as stack, tqdm(total=steps, bar_format=BAR, ncols=80) as bar:
+    with ExitStack() as stack, tqdm(total=steps, bar_format=BAR) as bar:
 
         def step(what: str, run: Callable[[], Any]) -> Any:
             bar.set_description_str(what)

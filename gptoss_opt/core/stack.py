@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 from torch import nn
 
 from ..layout import Layout, require
+from ..table import Table
 from .apply import apply, take_off
 from .record import record_of, wrapped_model
 from .resolve import layout_for, validated
@@ -65,6 +66,8 @@ def takes_model(build: Callable[Options, Built]) -> TakesModel[Options, Built]:
 class Stack:
     """An ordered, validated tuple of wrappers. Equal by value, iterable, callable, and JSON both ways.
 
+    A notebook shows it as a table, in the order of its phases.
+
     Example:
         >>> stack = compose(with_flash_attention(backend="torch"))
         >>> Stack.from_json(stack.to_json()) == stack
@@ -88,6 +91,10 @@ class Stack:
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.wrappers))})"
+
+    def _repr_html_(self) -> str:
+        wrappers = [(str(number), repr(wrapper), wrapper.phase.name) for number, wrapper in enumerate(self, 1)]
+        return Table(("", "wrapper", "phase"), wrappers)._repr_html_() if wrappers else "<p>no wrappers</p>"
 
     def layout(self, model: nn.Module) -> Layout:
         """How every parameter of `model` would be held. Touches nothing, and needs no other process.

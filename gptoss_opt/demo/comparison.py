@@ -146,4 +146,4 @@ class DemoReport:
 
     def _repr_html_(self) -> str:
         tables = "".join(comparison._repr_html_() for comparison in self.comparisons)
-        return f"{tables}<pre>{html.escape(self.notes)}</pre>"
+        return f"{tables}<pre style='white-space:pre;overflow-x:auto'>{html.escape(self.notes)}</pre>"

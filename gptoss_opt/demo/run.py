@@ -74,7 +74,7 @@ def run_demo(
             checkpoints[True] = name, str(random_checkpoint(Path(scratch, "wide"), wide))
         found = []
         total = sum(len(one.cases) * (1 + len(lengths) if one.per_length else 1) for one in chosen)
-        with tqdm(total=total, bar_format="{desc:<53}{bar}| {n_fmt}/{total_fmt} {elapsed}", ncols=80) as bar:
+        with tqdm(total=total, bar_format="{desc:<53}{bar}| {n_fmt}/{total_fmt} {elapsed}") as bar:
             for one in chosen:
                 asked = dtype or ("auto" if model else None)
                 own = one.dtype(asked) if one.dtype else asked or "float32"

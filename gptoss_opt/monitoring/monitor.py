@@ -81,7 +81,7 @@ class Monitor:
     every: int
     to: tuple[str, ...]
     calls: int = 0
-    done: tuple[Step, ...] = ()
+    done: tuple[Step, ...] = field(default=(), repr=False)
     _measured: int = 0
     _tokens: int = 0
     _since: float | None = None
@@ -195,6 +195,9 @@ class Monitor:
     def report(self, last: int = 10) -> Table:
         """The last steps as a table."""
         return pictures.table(self.steps[-last:])
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
     def plot(self, path: str | None = None) -> Any:
         """Loss, throughput, memory and the load of experts as a picture (needs matplotlib); saved at `path` if given.

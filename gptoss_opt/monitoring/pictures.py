@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,14 @@ def figure(steps: Sequence[Step]) -> Any:
     except ImportError as error:
         raise ImportError('a picture needs matplotlib: pip install "gptoss-opt[train]".') from error
 
-    made = Figure(figsize=(10, 7), layout="constrained")
+    class Picture(Figure):
+        # A notebook shows a plain figure only where pyplot was imported.
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    made = Picture(figsize=(10, 7), layout="constrained")
     axes: Any = made.subplots(2, 2)
     drawn: list[tuple[Any, str, list[tuple[int, float | None]]]] = [
         (axes[0, 0], "loss", [(step.number, step.loss) for step in steps]),
@@ -60,8 +68,9 @@ def figure(steps: Sequence[Step]) -> Any:
     for place, _, _ in drawn:
         place.margins(y=0.1)
         place.autoscale_view()
-        if place.get_ylim()[1] > 0:
-            place.set_ylim(bottom=min(0, place.get_ylim()[0]))
+        bottom, top = place.get_ylim()
+        if top > 0:
+            place.set_ylim(min(0, bottom), 1.05 * top)
     if last is not None and last.load:
         shown = axes[1, 1].imshow([list(layer) for layer in last.load], aspect="auto")
         made.colorbar(shown, ax=axes[1, 1])

@@ -159,7 +159,7 @@ class Plan:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in (self.title, self.verdict))
         notes = "".join(f"<p>{html.escape(line)}</p>" for line in self.notes)
         tables = "".join(table._repr_html_() for table in self.tables)
-        return f"{lines}{tables}{notes}<pre>{html.escape(self.script)}</pre>"
+        return f"{lines}{tables}{notes}<pre style='white-space:pre;overflow-x:auto'>{html.escape(self.script)}</pre>"
 
 
 def plan(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..core import CompatibilityError

@@ -8,15 +8,19 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from ..table import Table
+
 MAX_TIMES = 10_000
 """How many times, the last ones, percentiles are taken of."""
 
 PERCENTILES = (50, 90, 99)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stats:
-    """The work of a batcher so far. Times are in seconds; percentiles are the 50th, 90th and 99th.
+    """The work of a batcher so far: prints as a table, and shows as HTML in a notebook.
+
+    Times are in seconds; percentiles are the 50th, 90th and 99th.
 
     Attributes:
         running, waiting: how many sequences run, and how many wait.
@@ -52,8 +56,20 @@ class Stats:
     time_to_first_token: dict[int, float]
     time_between_tokens: dict[int, float]
 
+    @property
+    def table(self) -> Table:
+        """A row for each number."""
+        return Table(
+            ("of the batcher", "so far"), [(one.name, _shown(getattr(self, one.name))) for one in fields(self)]
+        )
+
     def __str__(self) -> str:
-        return "\n".join(f"{one.name:<22} {_shown(getattr(self, one.name))}" for one in fields(self))
+        return "\n".join(f"{name:<22} {value}" for name, value in self.table.rows)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
 
     def prometheus(self) -> str:
         """All numbers in Prometheus' text format, version 0.0.4.

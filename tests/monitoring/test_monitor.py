@@ -464,6 +464,19 @@ def test_it_is_shown(tmp_path: Path) -> None:
     figure = monitor_of(model).plot(str(tmp_path / "steps.png"))
     assert (tmp_path / "steps.png").stat().st_size > 5000
     assert [axes.get_title() for axes in figure.axes][:3] == ["loss", "tokens/s", "memory, GB"]
+    memory = figure.axes[2]
+    assert memory.get_ylim()[0] == 0
+    assert memory.get_ylim()[1] > 1.02 * max(memory.lines[0].get_ydata())
+
+
+def test_it_is_shown_in_a_notebook() -> None:
+    model = with_monitor(tiny_model(), every=1, to=()).train()
+    train(model, 3)
+    monitor = monitor_of(model)
+    assert monitor._repr_html_() == monitor.report()._repr_html_()
+    assert "Step(" not in repr(monitor), "as many as there are steps"
+    pytest.importorskip("matplotlib")
+    assert monitor.plot()._repr_png_().startswith(b"\x89PNG")
 
 
 def test_memory_stands_beside_the_plan(tmp_path: Path) -> None:

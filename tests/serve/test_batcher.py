@@ -457,7 +457,12 @@ def test_stats(serve: Serve, prompts: Prompts) -> None:
     assert stats.finished == len(prompts)
     assert set(stats.time_to_first_token) == set(stats.time_between_tokens) == {50, 90, 99}
     assert stats.cuda_graphs == "none: the model is on cpu"
-    assert "preemptions" in str(stats)
+    assert repr(stats) == str(stats)
+    page = stats._repr_html_()
+    for name in vars(stats):
+        assert name in str(stats)
+        assert f">{name}</td>" in page
+    assert f">{stats.tokens_in}</td>" in page
     lines = stats.prometheus().splitlines()
     told = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
     assert told["gptoss_opt_tokens_out"] == stats.tokens_out

@@ -304,6 +304,14 @@ def test_options_may_be_tuples() -> None:
     assert Stack.from_json(stack.to_json()) == stack
 
 
+def test_a_stack_in_a_notebook() -> None:
+    page = compose(Doubled(), Named(size=(1, 2)))._repr_html_()
+    for word in ("with_toy_doubled()", "with_toy_named(size=(1, 2))", Named.phase.name, Doubled.phase.name):
+        assert word in page
+    assert page.index("with_toy_named") < page.index("with_toy_doubled")
+    assert Stack()._repr_html_() == "<p>no wrappers</p>"
+
+
 def test_attach_must_report() -> None:
     @dataclass(frozen=True, kw_only=True, repr=False)
     class Silent(Wrapper):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from gptoss_opt.table import Table
+from gptoss_opt.table import SHORT, Table
 
 
 def test_columns_are_as_wide_as_their_longest_cell() -> None:
@@ -43,9 +45,25 @@ def test_cells_are_wrapped_to_widths_with_rules_between_rows() -> None:
 def test_html_is_escaped() -> None:
     page = Table(("a < b",), [(("x & y", "<b>"),)])._repr_html_()
     assert page == (
-        "<table><thead><tr><th style='text-align:left'>a &lt; b</th></tr></thead>"
-        "<tbody><tr><td style='text-align:left;vertical-align:top'>x &amp; y<br>&lt;b&gt;</td></tr></tbody></table>"
+        "<div style='margin-bottom:1em'><table><thead><tr><th style='text-align:left'>a &lt; b</th></tr></thead>"
+        "<tbody><tr><td style='text-align:left;vertical-align:top;white-space:pre'>"
+        "<div style='padding-left:1em;text-indent:-1em'>x &amp; y</div>"
+        "<div style='padding-left:1em;text-indent:-1em'>&lt;b&gt;</div></td></tr></tbody></table></div>"
     )
+
+
+def test_html_breaks_only_what_is_long() -> None:
+    page = Table(("a", "b", "c"), [("x" * SHORT, "x" * (SHORT + 1), ())])._repr_html_()
+    assert re.findall(r"white-space:([\w-]+)'>(x*)<", page) == [
+        ("pre", "x" * SHORT),
+        ("pre-wrap", "x" * (SHORT + 1)),
+        ("pre", ""),
+    ]
+
+
+def test_a_table_is_itself_in_a_console() -> None:
+    table = Table(("case",), [("a",)])
+    assert repr(table) == str(table) == "case\n----\na"
 
 
 @pytest.mark.parametrize("widths", [None, (4, 4)])
