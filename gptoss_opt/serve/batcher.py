@@ -161,6 +161,7 @@ class ContinuousBatcher:
         seed: int | None = None,
         stop_token_ids: Iterable[int] = (),
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         **options: Any,
     ) -> Request:
         """Let a prompt be completed, and return at once. From any thread.
@@ -175,6 +176,8 @@ class ContinuousBatcher:
                 one it is drawn from torch's random numbers.
             stop_token_ids: ids that end the completion, beside `eos_token_id`.
             logprobs: for how many of the likeliest tokens to give log-probabilities, beside the chosen one's.
+            prompt_logprobs: of how many of the prompt's last tokens to give log-probabilities, too. With it,
+                `max_new_tokens` may be 0: the prompt is scored, and nothing is generated.
             options: fields of `GenerationConfig`, heard before `generation_config`: `max_new_tokens`, `do_sample`,
                 `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens`, `eos_token_id`,
                 `stop_strings`, `num_return_sequences`. A temperature, top-k, top-p or min-p turns sampling on; an
@@ -196,7 +199,8 @@ class ContinuousBatcher:
             raise RuntimeError(
                 "several ranks hold the model: submit inside `with batcher:`, which each of them enters."
             )
-        options |= {"seed": seed, "stop_token_ids": stop_token_ids, "logprobs": logprobs}
+        options |= {"seed": seed, "stop_token_ids": stop_token_ids}
+        options |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
         # A request that goes on keeps the batcher.
         requests = self._builder.build(prompt, generation_config, tokenizer, options, self.step)
         stepper.send(requests)

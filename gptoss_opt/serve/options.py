@@ -68,11 +68,12 @@ NEUTRAL: Mapping[str, Any] = {
 empty."""
 
 RANGES: Mapping[str, tuple[Any, float, float, str]] = {
-    "max_new_tokens": (Integral, 1, math.inf, "a whole number of at least 1"),
+    "max_new_tokens": (Integral, 0, math.inf, "a whole number of at least 1"),
     "max_length": (Integral, 1, math.inf, "a whole number of at least 1"),
     "min_new_tokens": (Integral, 0, math.inf, "a whole number of at least 0"),
     "num_return_sequences": (Integral, 1, math.inf, "a whole number of at least 1"),
     "logprobs": (Integral, 0, math.inf, "a whole number of at least 0"),
+    "prompt_logprobs": (Integral, 0, math.inf, "a whole number of at least 0"),
     "seed": (Integral, -math.inf, math.inf, "a whole number"),
     "temperature": (Real, 0, LARGEST, "a number of at least 0 (0 is greedy)"),
     "top_k": (Integral, 0, math.inf, "a whole number of at least 0 (0 is off)"),
@@ -112,6 +113,7 @@ class Options:
         seed: the seed of the draws.
         logprobs: for how many of the likeliest tokens log-probabilities are wanted, beside the chosen one's; None for
             no log-probabilities at all.
+        prompt_logprobs: of how many of the prompt's last tokens log-probabilities are wanted, too.
         num_return_sequences: how many completions are made.
     """
 
@@ -122,6 +124,7 @@ class Options:
     sampling: Sampling = Sampling()
     seed: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int = 0
     num_return_sequences: int = 1
 
     @classmethod
@@ -134,6 +137,7 @@ class Options:
         seed: int | None = None,
         stop_token_ids: Iterable[int] = (),
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         **fields: Any,
     ) -> Options:
         """The options for a prompt of `prompt_length` tokens: `fields` go before `config`, and that before `of_model`.
@@ -146,7 +150,7 @@ class Options:
         fields = {name: value for name, value in fields.items() if value is not None}
         layers = (fields, _said(config), _said(of_model))
         said = {**layers[2], **layers[1], **layers[0]}
-        _check({**said, "seed": seed, "logprobs": logprobs})
+        _check({**said, "seed": seed, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs})
         options = cls(
             max_new_tokens=_max_new_tokens(prompt_length, layers),
             min_new_tokens=int(said.get("min_new_tokens") or 0),
@@ -155,8 +159,18 @@ class Options:
             sampling=_sampling(layers, said),
             seed=int(torch.randint(2**62, ())) if seed is None else int(seed),
             logprobs=None if logprobs is None else int(logprobs),
+            prompt_logprobs=int(prompt_logprobs or 0),
             num_return_sequences=int(said.get("num_return_sequences") or 1),
         )
+        if not options.max_new_tokens and not options.prompt_logprobs:
+            raise ValueError(
+                "max_new_tokens is 0, and must be a whole number of at least 1; or ask for prompt_logprobs."
+            )
+        if options.prompt_logprobs >= prompt_length:
+            raise ValueError(
+                f"prompt_logprobs is {options.prompt_logprobs}, and the prompt has {prompt_length} tokens, the first of "
+                f"which has none before it: ask for {prompt_length - 1} at most."
+            )
         if options.min_new_tokens > options.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {options.min_new_tokens}, more than max_new_tokens, {options.max_new_tokens}. "
