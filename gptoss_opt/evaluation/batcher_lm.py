@@ -31,8 +31,8 @@ class BatcherLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: how many tokens are generated at most where a task does not say.
         prefix_token_id: the token before a text that has no context; the tokenizer's first token, or its end token, if
             left out.
-        think_end_token: the id of a token up to which, the last time it comes, a generated text is thoughts and not part
-            of the answer.
+        think_end_token: the id of the token that ends thoughts: what is generated up to the last one is left out of the
+            answer.
         chat_template_args: what the chat template takes beside the messages, such as `{"reasoning_effort": "low"}`.
         options: those of `ContinuousBatcher`.
 

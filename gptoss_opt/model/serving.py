@@ -158,7 +158,7 @@ def packed_forward(
 
 @contextmanager
 def keeping_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A block in which this thread's forwards of a model leave their hidden states [T, D], before the head, in a list."""
+    """A block in which this thread's forwards of a model leave the hidden states [T, D] before its head in a list."""
     kept: list[Tensor] = []
     decoder: nn.Module = cast(Any, model).base_model
     thread = threading.get_ident()

@@ -168,8 +168,8 @@ class Options:
             )
         if options.prompt_logprobs >= prompt_length:
             raise ValueError(
-                f"prompt_logprobs is {options.prompt_logprobs}, and the prompt has {prompt_length} tokens, the first of "
-                f"which has none before it: ask for {prompt_length - 1} at most."
+                f"prompt_logprobs is {options.prompt_logprobs}, and the prompt has {prompt_length} tokens. The "
+                f"first has none before it: ask for {prompt_length - 1} at most."
             )
         if options.min_new_tokens > options.max_new_tokens:
             raise ValueError(

@@ -56,8 +56,8 @@ class Request:
         completion: which of the completions of its prompt it is, from 0.
         tokens: the ids made so far, the stop token included.
         logprobs: the log-probabilities of each of the tokens, if asked for.
-        prompt_logprobs: those of the last tokens of the prompt, if asked for; all are there once the first token is made,
-            or with `max_new_tokens=0` at the end.
+        prompt_logprobs: those of the last tokens of the prompt, if asked for: all are there once the first token is
+            made, or with `max_new_tokens=0` at the end.
         cancelled: whether `cancel` was called.
         finish_reason: "stop" (a stop token or string), "length", "cancelled" or "error"; None while it goes on.
         error: what went wrong, or None.

@@ -84,8 +84,9 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     if wanted:
         rows = torch.tensor(wanted, device=logits.device)
         counts = [draws[row].options.logprobs or 0 for row in wanted]
-        for one, row in zip(logprobs_of(logits[rows], [made[row] for row in wanted], counts), wanted, strict=True):
-            found[row] = Drawn(made[row], one)
+        logprobs = logprobs_of(logits[rows], [made[row] for row in wanted], counts)
+        for row, of_row in zip(wanted, logprobs, strict=True):
+            found[row] = Drawn(made[row], of_row)
     return found
 
 

@@ -28,6 +28,9 @@ class Scored(NamedTuple):
         return range(max(start, self.start), min(end, self.start + len(self.tokens)))
 
 
+NOTHING_SCORED = Scored()
+
+
 @dataclass(eq=False)
 class SequenceState:
     """One completion of one prompt, as the scheduler, the cache and the step's batch see it.
@@ -50,7 +53,7 @@ class SequenceState:
 
     tokens: list[int]
     prompt_length: int
-    scored: Scored = Scored()
+    scored: Scored = NOTHING_SCORED
     number: int = field(default_factory=_numbers.__next__)
     row: int = -1
     num_computed: int = 0
@@ -64,7 +67,7 @@ class SequenceState:
 
     @property
     def first_wanted(self) -> int:
-        """The number of the first token after which logits are wanted: it is computed, whatever others have computed."""
+        """The number of the first token after which logits are wanted: it and those behind it are always computed."""
         return min(self.scored.start, len(self.tokens) - 1)
 
     @property

@@ -76,7 +76,7 @@ def test_texts(more: dict[str, Any], harness: HFLM, ours: Ours, tmp_path: Path) 
 def test_stop_strings_cut_and_are_looked_for_in_what_is_new(harness: HFLM, ours: Ours) -> None:
     lm = ours()
     free = harness.generate_until(requests("generate_until", ("Hello", {"max_gen_toks": 24})))[0]
-    assert len(free) == 24
+    assert len(free) > 12
     pair = free[9:11]
     cases = [
         ("Hello", {"until": [pair], "max_gen_toks": 24}),
@@ -134,7 +134,7 @@ def test_chat_templates(harness: HFLM, ours: Ours, tmp_path: Path) -> None:
     assert found["samples"]["sums"][0]["arguments"] == wanted["samples"]["sums"][0]["arguments"]
     assert "<|start|>" in str(found["samples"]["sums"][0]["arguments"])
     same(responses(found, "sums"), responses(wanted, "sums"))
-    made = ours(chat_template_args={"tools": [1, 2]})
+    made = ours(chat_template_args={"tools": [{}, {}]})
     assert "2 tools" in made.apply_chat_template(chat[:1])
 
 

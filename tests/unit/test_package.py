@@ -99,6 +99,7 @@ LAYERS: dict[str, set[str]] = {
     "parallel": {"checkpoint", "core", "distributed", "kernels", "layout", "model"},
     "wrappers": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "monitoring", "parallel"},
     "serve": {"core", "distributed", "kernels", "model", "wrappers"},
+    "evaluation": {"serve"},
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
@@ -123,6 +124,7 @@ KNOWN = {
     "checkpoint": {"huggingface_hub", "packaging", "tqdm", "transformers"},
     "parallel": {"accelerate", "transformers"},
     "serve": {"psutil", "tqdm", "transformers"},
+    "evaluation": {"lm_eval", "tqdm"},
     "train": {"tqdm"},
     "verification": {"tqdm"},
     "benchmarking": {"tqdm", "transformers"},
@@ -237,7 +239,7 @@ def test_no_file_holds_two_ideas() -> None:
 def test_imports_without_anything_optional() -> None:
     code = """
 import sys
-for name in ("triton", "flash_attn", "flash_attn_interface", "peft", "kernels"):
+for name in ("triton", "flash_attn", "flash_attn_interface", "peft", "kernels", "lm_eval"):
     sys.modules[name] = None
 import gptoss_opt
 assert gptoss_opt.with_flash_attention(backend="torch")
