@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,23 @@ def test_a_tokenizer_without_an_end_token() -> None:
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
         BatcherLM(model(), tokenizer=endless)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    block = re.search(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    asked: list[dict[str, Any]] = []
+    whole_run, sums = lm_eval.simple_evaluate, choices(written(tmp_path))
+
+    def local(**options: Any) -> dict[str, Any]:
+        asked.append(options)
+        manager = TaskManager(include_defaults=False)
+        return whole_run(model=options["model"], tasks=[sums], task_manager=manager, bootstrap_iters=0)
+
+    # The tasks that it names are not on this machine.
+    monkeypatch.setattr(lm_eval, "simple_evaluate", local)
+    names = {"model": model(), "tokenizer": tokenizer()}
+    exec(block[1], names)
+    assert asked[0]["tasks"] == ["arc_challenge", "gsm8k"]
+    assert names["results"]["results"]["sums"]["sample_len"] == NUM_DOCUMENTS
