@@ -100,7 +100,8 @@ class Choices(Case):
 
         def ours() -> Answers:
             made.ours.batcher.clear_prefixes()  # what the turn before computed
-            return made.ours._loglikelihood_tokens(requests, disable_tqdm=True)
+            answers: Answers = made.ours._loglikelihood_tokens(requests, disable_tqdm=True)
+            return answers
 
         times = alternate(
             {"hf": lambda: made.hf._loglikelihood_tokens(requests, disable_tqdm=True), "ours": ours}, repeats

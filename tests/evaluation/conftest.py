@@ -27,6 +27,12 @@ def _data_sets_in_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+@pytest.fixture(autouse=True)
+def _without_a_list_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The harness asks pip and others for it after each run, for seconds.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture(scope="session")
 def harness() -> HFLM:
     """The harness's own, without batches: in those a text goes on, past special tokens, until all have their end."""
