@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+FRAMEWORKS := .venv-frameworks
 RUN := $(VENV)/bin/python
 NATIVE := setup.py $(wildcard gptoss_opt/kernels/native/c/*)
 # Tiny models run many times faster on one thread each than on threads that wait for each other.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test check lint types docs docs-serve test-oldest test-newest bench clean
+.PHONY: demo test check lint types docs docs-serve test-oldest test-newest test-frameworks bench clean
 
 demo: $(VENV)/.built
 	$(RUN) -m gptoss_opt demo
@@ -41,11 +42,15 @@ test-oldest: $(OLDEST)/.built
 test-newest: $(NEWEST)/.built
 	$(TEST) $(NEWEST)/bin/python -m pytest -n 2
 
+# With the packages of others that the package works with.
+test-frameworks: $(FRAMEWORKS)/.built
+	$(TEST) $(FRAMEWORKS)/bin/python -m pytest -n 2 $(wildcard tests/evaluation tests/frameworks)
+
 bench: $(VENV)/.built
 	$(RUN) -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) site
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(FRAMEWORKS) site
 
 $(VENV)/.ready: requirements/dev.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -61,6 +66,12 @@ $(NEWEST)/.ready: requirements/dev.txt requirements/newest.txt
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --requirement requirements/dev.txt
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --requirement requirements/newest.txt
+	touch $@
+
+$(FRAMEWORKS)/.ready: requirements/dev.txt requirements/frameworks.txt
+	$(PYTHON) -m venv --clear $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --requirement requirements/dev.txt
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps --requirement requirements/frameworks.txt
 	touch $@
 
 %/.built: %/.ready pyproject.toml $(NATIVE)

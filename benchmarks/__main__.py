@@ -22,6 +22,7 @@ BENCHMARKS = {
     "load": "`load` of a packed checkpoint of the 20b's shapes (--layers N; --full: all of them, and generate)",
     "parallel": "sharded models on two processes, beside transformers' expert parallelism (--layers N)",
     "batching": "continuous batching, beside vLLM and transformers",
+    "evaluation": "log-likelihoods after many examples, beside the lm-evaluation-harness's own HFLM (--questions N)",
     "finetune": "LoRA on attention and experts, beside transformers and peft",
     "rollouts": "completions of one step of GRPO on the model that is trained, beside transformers' generate",
     "one_gpu": "the whole 20b on one GPU: one user, and many requests at once, beside transformers",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -152,3 +154,26 @@ def packed_forward(
         logits_to_keep=last,
     )
     return cast(Tensor, out.logits[0])
+
+
+@contextmanager
+def keeping_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A block in which this thread's forwards of a model leave the hidden states [T, D] before its head in a list."""
+    kept: list[Tensor] = []
+    decoder: nn.Module = cast(Any, model).base_model
+    thread = threading.get_ident()
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() == thread:
+            kept.append(out[0][0])
+
+    handle = decoder.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The logits [S, V] of hidden states [S, D]."""
+    return cast(Tensor, cast(Any, model).get_output_embeddings()(hidden[None])[0])

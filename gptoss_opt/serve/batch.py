@@ -24,6 +24,20 @@ class Span(NamedTuple):
     write_from: int
 
 
+class Score(NamedTuple):
+    """A token of a prompt whose log-probability is wanted.
+
+    Attributes:
+        place: the place among the packed tokens after which it stands.
+        token: its id.
+        num_likeliest: as in `Scored`.
+    """
+
+    place: int
+    token: int
+    num_likeliest: int
+
+
 class Batch(NamedTuple):
     """The tokens of one step, packed end to end.
 
@@ -32,19 +46,26 @@ class Batch(NamedTuple):
         spans: which tokens of which sequence they are; those of one token (sequences that decode) come first.
         last: the places among the packed tokens after which logits are wanted: the last of each span.
         new_pages: what is new in the block tables: (group, row, place in the row, page).
+        scores: the tokens of prompts whose log-probabilities are wanted, in the order of the packed tokens.
     """
 
     tokens: list[int]
     spans: list[Span]
     last: list[int]
     new_pages: list[tuple[int, int, int, int]]
+    scores: list[Score]
 
     @classmethod
     def of(cls, works: Sequence[Work]) -> Batch:
         """The batch that computes `works`. From now on, the new pages of their sequences count as told."""
-        batch = cls([], [], [], [])
+        batch = cls([], [], [], [], [])
         for sequence, count in works:
             start, end, row = sequence.num_computed, sequence.num_computed + count, sequence.row
+            offset, scored = len(batch.tokens) - start, sequence.scored
+            batch.scores.extend(
+                Score(offset + n, scored.tokens[n - scored.start], scored.num_likeliest)
+                for n in scored.within(start, end)
+            )
             batch.tokens.extend(sequence.tokens[start:end])
             batch.spans.append(Span(row, start, end, sequence.first, sequence.write_from))
             batch.last.append(len(batch.tokens) - 1)

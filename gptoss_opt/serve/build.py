@@ -85,7 +85,7 @@ def _left_by_a_step(runner: Runner, num_tokens: int, num_sampled: int) -> int:
     span = Span(row=0, start=0, end=num_tokens, first=0, write_from=0)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    logits = runner.run(Batch([0] * num_tokens, [span], list(range(num_sampled)), new_pages))
+    logits, _ = runner.run(Batch([0] * num_tokens, [span], list(range(num_sampled)), new_pages, []))
     logits.float().sort(-1)
     used = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

@@ -103,8 +103,8 @@ class Cache:
         """What a sequence can begin with now; None while another one computes what it could use then."""
         size, groups = self.page_size, range(len(self.groups))
         nothing = Prefix(0, 0, tuple(() for _ in groups))
-        # The last token is always computed: its logits are wanted.
-        num_pages = (len(sequence.tokens) - 1) // size
+        # Logits are computed, not shared: those after the last token, and where a prompt is scored.
+        num_pages = sequence.first_wanted // size
         if not self.share or not num_pages:
             return nothing
         digests = self._digests(sequence, num_pages)

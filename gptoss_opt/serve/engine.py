@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,8 @@ from ..model.serving import WeightsWatch
 from .batch import Batch
 from .request import Decode, GenerationError, Request
 from .runner import Runner
-from .sampler import Draw, Drawn, draw
-from .scheduler import Scheduler
+from .sampler import Draw, Drawn, Logprobs, draw
+from .scheduler import Scheduler, Work
 from .sequence import SequenceState
 from .stats import Counts, Stats, percentiles
 
@@ -78,16 +79,19 @@ class Engine:
         started = time.perf_counter()
         batch = Batch.of(works)
         self.tell(batch)
-        logits = self._compute(batch)
+        logits, scores = self._compute(batch)
         in_prompts = [one.num_tokens for one in works if one.sequence.num_computed < one.sequence.prompt_length]
-        rows = [row for row, work in enumerate(works) if work.num_tokens == work.sequence.remaining]
+        whole = [row for row, work in enumerate(works) if work.num_tokens == work.sequence.remaining]
+        rows = [row for row in whole if self.requests[works[row].sequence].options.max_new_tokens]
         sampled = [works[row].sequence for row in rows]
-        # Of a prompt that goes on nothing is sampled, but its logits tell whether what was computed is finite.
+        read = [works[row].sequence for row in sorted({*whole}.difference(rows))]
+        # Where nothing is sampled, as of a prompt that goes on, the logits tell whether what was computed is finite.
         rest = sorted(set(range(len(works))).difference(rows))
         drawn = draw(logits[rows] if rest else logits, [*map(self._draw_of, sampled)])
         if None in [one.token for one in drawn] or (rest and not bool(logits[rest].isfinite().all())):
             # It may have got into pages of tokens before it, too, and those may be shared already.
             self.scheduler.cache.forget(self.scheduler.running)
+        self._keep(scores, works)
         for sequence, num_tokens in works:
             self.scheduler.cache.advance(sequence, num_tokens)
         self.counts.num_steps += 1
@@ -95,6 +99,8 @@ class Engine:
         self.counts.seconds += time.perf_counter() - started
         for sequence, one in zip(sampled, drawn, strict=True):
             self._take(sequence, one)
+        for sequence in read:
+            self._end_prompt(sequence)
         return True
 
     def fail(self, error: BaseException) -> None:
@@ -143,12 +149,22 @@ class Engine:
             if isinstance(said, Batch):
                 self._compute(said)
 
-    def _compute(self, batch: Batch) -> Tensor:
+    def _compute(self, batch: Batch) -> tuple[Tensor, list[Logprobs]]:
         # If it fails on one rank, the others wait within it: nothing more can be said to them.
         met, self._meets = self._meets, False
-        logits = self.runner.run(batch)
+        found = self.runner.run(batch)
         self._meets = met
-        return logits
+        return found
+
+    def _keep(self, scores: list[Logprobs], works: list[Work]) -> None:
+        """Give requests the log-probabilities of their prompts' tokens that were computed in this step."""
+        left = iter(scores)
+        for sequence, num_tokens in works:
+            scored = sequence.scored
+            # Of one that gave its pages back they are computed again.
+            for n in scored.within(sequence.num_computed, sequence.num_computed + num_tokens):
+                place = n - scored.start
+                self.requests[sequence].prompt_logprobs[place : place + 1] = [next(left)]
 
     def _draw_of(self, sequence: SequenceState) -> Draw:
         request = self.requests[sequence]
@@ -177,6 +193,14 @@ class Engine:
             self.counts.between.append(request.times[-1] - request.times[-2])
         else:
             self.counts.first.append(request.times[-1] - request.submitted)
+
+    def _end_prompt(self, sequence: SequenceState) -> None:
+        """End a request that asked for nothing but log-probabilities of its prompt."""
+        if all(math.isfinite(one.logprob) for one in self.requests[sequence].prompt_logprobs):
+            self._end(sequence, "length")
+        else:
+            message = "the logits within the prompt are not finite: a weight or an activation is not."
+            self._end(sequence, "error", GenerationError(message))
 
     def _reason_to_stop(self, request: Request, token: int) -> str | None:
         options, decode = request.options, request.decode

@@ -68,12 +68,13 @@ NEUTRAL: Mapping[str, Any] = {
 empty."""
 
 RANGES: Mapping[str, tuple[Any, float, float, str]] = {
-    "max_new_tokens": (Integral, 1, math.inf, "a whole number of at least 1"),
+    "max_new_tokens": (Integral, 0, math.inf, "a whole number of at least 1"),
     "max_length": (Integral, 1, math.inf, "a whole number of at least 1"),
     "min_new_tokens": (Integral, 0, math.inf, "a whole number of at least 0"),
     "num_return_sequences": (Integral, 1, math.inf, "a whole number of at least 1"),
     "logprobs": (Integral, 0, math.inf, "a whole number of at least 0"),
     "logprobs_temperature": (Real, SMALLEST, LARGEST, "a number above 0"),
+    "prompt_logprobs": (Integral, 0, math.inf, "a whole number of at least 0"),
     "seed": (Integral, -math.inf, math.inf, "a whole number"),
     "temperature": (Real, 0, LARGEST, "a number of at least 0 (0 is greedy)"),
     "top_k": (Integral, 0, math.inf, "a whole number of at least 0 (0 is off)"),
@@ -114,6 +115,7 @@ class Options:
         logprobs: for how many of the likeliest tokens log-probabilities are wanted, beside the chosen one's; None for
             no log-probabilities at all.
         logprobs_temperature: what logits are divided by for the log-probabilities.
+        prompt_logprobs: of how many of the prompt's last tokens log-probabilities are wanted, too.
         num_return_sequences: how many completions are made.
     """
 
@@ -125,6 +127,7 @@ class Options:
     seed: int = 0
     logprobs: int | None = None
     logprobs_temperature: float = 1.0
+    prompt_logprobs: int = 0
     num_return_sequences: int = 1
 
     @classmethod
@@ -138,6 +141,7 @@ class Options:
         stop_token_ids: Iterable[int] = (),
         logprobs: int | None = None,
         logprobs_temperature: float = 1.0,
+        prompt_logprobs: int | None = None,
         **fields: Any,
     ) -> Options:
         """The options for a prompt of `prompt_length` tokens: `fields` go before `config`, and that before `of_model`.
@@ -150,7 +154,8 @@ class Options:
         fields = {name: value for name, value in fields.items() if value is not None}
         layers = (fields, _said(config), _said(of_model))
         said = {**layers[2], **layers[1], **layers[0]}
-        _check({**said, "seed": seed, "logprobs": logprobs, "logprobs_temperature": logprobs_temperature})
+        said |= {"seed": seed, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        _check({**said, "logprobs_temperature": logprobs_temperature})
         options = cls(
             max_new_tokens=_max_new_tokens(prompt_length, layers),
             min_new_tokens=int(said.get("min_new_tokens") or 0),
@@ -160,8 +165,18 @@ class Options:
             seed=int(torch.randint(2**62, ())) if seed is None else int(seed),
             logprobs=None if logprobs is None else int(logprobs),
             logprobs_temperature=float(logprobs_temperature),
+            prompt_logprobs=int(prompt_logprobs or 0),
             num_return_sequences=int(said.get("num_return_sequences") or 1),
         )
+        if not options.max_new_tokens and not options.prompt_logprobs:
+            raise ValueError(
+                "max_new_tokens is 0, and must be a whole number of at least 1; or ask for prompt_logprobs."
+            )
+        if options.prompt_logprobs >= prompt_length:
+            raise ValueError(
+                f"prompt_logprobs is {options.prompt_logprobs}, and the prompt has {prompt_length} tokens. The "
+                f"first has none before it: ask for {prompt_length - 1} at most."
+            )
         if options.min_new_tokens > options.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {options.min_new_tokens}, more than max_new_tokens, {options.max_new_tokens}. "

@@ -78,7 +78,8 @@ class RequestBuilder:
         within = frozenset(one for one in chosen.stop_token_ids if 0 <= one < self.model.config.vocab_size)
         chosen = replace(chosen, stop_token_ids=within)
         wanted = len(ids) + chosen.max_new_tokens
-        if wanted > self.max_tokens:
+        # The last token of a prompt that is only scored is not computed.
+        if wanted - (not chosen.max_new_tokens) > self.max_tokens:
             raise TooLongError(
                 f"{len(ids)} tokens of the prompt and max_new_tokens={chosen.max_new_tokens} are more than the "
                 f"{self.max_tokens} that the model (max_position_embeddings) or the batcher (max_length) allows. "

@@ -11,13 +11,22 @@ from typing import Any
 
 from .options import Options
 from .sampler import Drawn, Logprobs
-from .sequence import SequenceState
+from .sequence import Scored, SequenceState
 
 Decode = Callable[[list[int]], str]
 
 
 def _done() -> bool:
     return False
+
+
+def _sequence_of(prompt: list[int], options: Options) -> SequenceState:
+    # After the last token of a prompt that is only scored, no logits are wanted.
+    tokens = list(prompt if options.max_new_tokens else prompt[:-1])
+    if not options.prompt_logprobs:
+        return SequenceState(tokens, len(tokens))
+    start = len(prompt) - options.prompt_logprobs
+    return SequenceState(tokens, len(tokens), Scored(start - 1, tuple(prompt[start:]), options.logprobs or 0))
 
 
 class GenerationError(RuntimeError):
@@ -47,6 +56,8 @@ class Request:
         completion: which of the completions of its prompt it is, from 0.
         tokens: the ids made so far, the stop token included.
         logprobs: the log-probabilities of each of the tokens, if asked for.
+        prompt_logprobs: those of the last tokens of the prompt, if asked for: all are there once the first token is
+            made, or with `max_new_tokens=0` at the end.
         cancelled: whether `cancel` was called.
         finish_reason: "stop" (a stop token or string), "length", "cancelled" or "error"; None while it goes on.
         error: what went wrong, or None.
@@ -59,9 +70,10 @@ class Request:
         self, prompt: list[int], options: Options, completion: int, step: Callable[[], bool], decode: Decode | None
     ) -> None:
         self.prompt, self.options, self.completion, self.decode = prompt, options, completion, decode
-        self.sequence = SequenceState(list(prompt), len(prompt))
+        self.sequence = _sequence_of(prompt, options)
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs] = []
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.completions: tuple[Request, ...] = (self,)

@@ -83,17 +83,30 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     found = [Drawn(None if token < 0 else token) for token in made]
     wanted = [row for row, one in enumerate(draws) if one.options.logprobs is not None and made[row] >= 0]
     if wanted:
-        scores = logits[torch.tensor(wanted, device=logits.device)].double()
-        temperatures = [draws[row].options.logprobs_temperature for row in wanted]
-        logprobs = (scores / scores.new_tensor(temperatures)[:, None]).log_softmax(-1)
-        chosen = logprobs.gather(-1, tokens[wanted][:, None])[:, 0].tolist()
-        max_count = max(draws[row].options.logprobs or 0 for row in wanted)
-        values, ids = logprobs.topk(min(max_count, logits.shape[-1]))
-        for row, logprob, top_ids, top in zip(wanted, chosen, ids.tolist(), values.tolist(), strict=True):
-            count = draws[row].options.logprobs
-            likeliest = tuple(zip(top_ids[:count], top[:count], strict=True))
-            found[row] = Drawn(made[row], Logprobs(made[row], logprob, likeliest))
+        rows = torch.tensor(wanted, device=logits.device)
+        counts = [draws[row].options.logprobs or 0 for row in wanted]
+        temperatures = logits.new_tensor([draws[row].options.logprobs_temperature for row in wanted], dtype=torch.double)
+        scores = logits[rows].double() / temperatures[:, None]
+        logprobs = logprobs_of(scores, [made[row] for row in wanted], counts)
+        for row, of_row in zip(wanted, logprobs, strict=True):
+            found[row] = Drawn(made[row], of_row)
     return found
+
+
+def logprobs_of(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Logprobs]:
+    """The log-probabilities of a token for each row of logits [B, V], and of so many of the likeliest; in float64."""
+    logprobs = logits.double().log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    if max(counts) == 1:  # the first of equals, which is the one that is drawn
+        values, ids = logprobs.max(-1, keepdim=True)
+    else:
+        values, ids = logprobs.topk(min(max(counts), logits.shape[-1]))
+    return [
+        Logprobs(token, logprob, tuple(zip(top_ids[:count], top[:count], strict=True)))
+        for token, logprob, top_ids, top, count in zip(
+            tokens, chosen, ids.tolist(), values.tolist(), counts, strict=True
+        )
+    ]
 
 
 def _plain(one: Draw) -> bool:

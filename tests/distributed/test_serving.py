@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
 from gptoss_opt import ContinuousBatcher, GenerationError, shard_experts, stack_of
 from tests.distributed.models import UNEVEN
@@ -47,6 +48,9 @@ def served(name: str) -> dict[str, Any]:
             requests = [batcher.submit(prompt, max_new_tokens=NEW) for prompt in PROMPTS]
             requests += [batcher.submit(PROMPTS[0], max_new_tokens=NEW, temperature=2.0, seed=1)]
             found["submit"] = [list(request) for request in requests]
+            scored = batcher.submit(PROMPTS[2], max_new_tokens=0, prompt_logprobs=9)
+            scored.result()
+            found["scores"] = [one.logprob for one in scored.prompt_logprobs]
         else:
             with pytest.raises(RuntimeError, match="this rank follows"):
                 batcher.generate(PROMPTS, progress=False)
@@ -65,6 +69,10 @@ def test_all_ranks_get_what_one_process_gets(ranks: Ranks, name: str) -> None:
     assert [one["generate"] for one in results] == [expected] * ranks.num_ranks
     assert results[0]["submit"][:4] == expected
     assert results[0]["submit"][4] != expected[0]
+    with torch.no_grad():
+        logprobs = plain(torch.tensor([PROMPTS[2]])).logits[0, -10:-1].double().log_softmax(-1)
+    truth = logprobs.gather(-1, torch.tensor(PROMPTS[2][-9:])[:, None])[:, 0]
+    assert results[0]["scores"] == pytest.approx(truth.tolist(), abs=1e-5)
     # Each rank keeps the keys of its own heads.
     assert results[0]["heads"] == UNEVEN["num_key_value_heads"] // SPLITS[name](ranks.num_ranks)
 

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 # What is no Python module (a library in C), or needs a package that is not there.
 WITH_TRITON = set() if importlib.util.find_spec("triton") else {"triton_kernels", "fused_cuda_kernels"}
-APART = {"__main__", "_native"} | WITH_TRITON
+WITH_LM_EVAL = set() if importlib.util.find_spec("lm_eval") else {"batcher_lm"}
+APART = {"__main__", "_native"} | WITH_TRITON | WITH_LM_EVAL
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(gptoss_opt.__path__, "gptoss_opt.")

@@ -102,6 +102,7 @@ LAYERS: dict[str, set[str]] = {
     "serve": {"core", "distributed", "kernels", "model", "table", "wrappers"},
     "endpoint": {"core", "serve"},
     "train": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "serve", "table"} | {"wrappers"},
+    "evaluation": {"serve"},
     "finetune": {"checkpoint", "model", "table", "train", "wrappers"},
     "planner": {"checkpoint", "core", "distributed", "kernels", "layout", "model", "table", "wrappers"},
     "verification": {"core", "distributed", "kernels", "model", "table"},
@@ -126,6 +127,7 @@ KNOWN = {
     "parallel": {"accelerate", "transformers"},
     "serve": {"psutil", "tqdm", "transformers"},
     "endpoint": {"anyio", "fastapi", "openai_harmony", "pydantic", "pydantic_core", "starlette", "uvicorn"},
+    "evaluation": {"lm_eval", "tqdm"},
     "train": {"tqdm"},
     "verification": {"tqdm"},
     "benchmarking": {"tqdm", "transformers"},
@@ -240,7 +242,7 @@ def test_no_file_holds_two_ideas() -> None:
 def test_imports_without_anything_optional() -> None:
     code = """
 import sys
-for name in ("triton", "flash_attn", "flash_attn_interface", "peft", "kernels", "fastapi", "uvicorn"):
+for name in ("triton", "flash_attn", "flash_attn_interface", "peft", "kernels", "fastapi", "uvicorn", "lm_eval"):
     sys.modules[name] = None
 import gptoss_opt
 assert gptoss_opt.with_flash_attention(backend="torch")
