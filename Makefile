@@ -5,12 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+WHEEL := .venv-wheel
 RUN := $(VENV)/bin/python
 NATIVE := setup.py $(wildcard gptoss_opt/kernels/native/c/*)
+TESTS_OF_WHEELS := tests/installed tests/kernels/test_mxfp4.py tests/wrappers/test_oracle.py
 # Tiny models run many times faster on one thread each than on threads that wait for each other.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test check lint types test-oldest test-newest bench clean
+.PHONY: demo test check lint types test-oldest test-newest wheel try-wheel bench clean
 
 demo: $(VENV)/.built
 	$(RUN) -m gptoss_opt demo
@@ -34,11 +36,32 @@ test-oldest: $(OLDEST)/.built
 test-newest: $(NEWEST)/.built
 	$(TEST) $(NEWEST)/bin/python -m pytest -n 2
 
+# Builds the source distribution, from it the wheel for this machine, checks both, and tries the wheel.
+wheel: $(WHEEL)/.ready
+	rm -rf build dist
+	$(WHEEL)/bin/python -m build --outdir build/raw
+ifeq ($(shell uname),Linux)
+	$(WHEEL)/bin/python -m auditwheel repair --wheel-dir dist build/raw/*.whl
+else
+	mkdir dist && cp build/raw/*.whl dist
+endif
+	cp build/raw/*.tar.gz dist
+	$(WHEEL)/bin/python scripts/check_dist.py dist
+	$(MAKE) try-wheel
+
+# Installs it as a user would, without a compiler, and tests it away from the tree: make try-wheel PYTHON=python3.13.
+try-wheel:
+	rm -rf build/tried && mkdir -p build/tried && cp -R tests pyproject.toml build/tried
+	$(PYTHON) -m venv build/tried/venv
+	CC=false build/tried/venv/bin/python -m pip install --quiet --only-binary :all: \
+		--constraint requirements/dev.txt dist/*.whl pytest
+	cd build/tried && $(TEST) venv/bin/python -m pytest $(TESTS_OF_WHEELS)
+
 bench: $(VENV)/.built
 	$(RUN) -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST)
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(WHEEL) build dist
 
 $(VENV)/.ready: requirements/dev.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -48,6 +71,11 @@ $(VENV)/.ready: requirements/dev.txt
 $(OLDEST)/.ready: requirements/oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --requirement requirements/oldest.txt
+	touch $@
+
+$(WHEEL)/.ready: requirements/wheel.txt
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --requirement requirements/wheel.txt
 	touch $@
 
 $(NEWEST)/.ready: requirements/dev.txt requirements/newest.txt
