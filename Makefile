@@ -41,7 +41,7 @@ wheel: $(WHEEL)/.ready
 	rm -rf build dist
 	$(WHEEL)/bin/python -m build --outdir build/raw
 ifeq ($(shell uname),Linux)
-	$(WHEEL)/bin/python -m auditwheel repair --wheel-dir dist build/raw/*.whl
+	PATH="$(CURDIR)/$(WHEEL)/bin:$$PATH" auditwheel repair --wheel-dir dist build/raw/*.whl
 else
 	mkdir dist && cp build/raw/*.whl dist
 endif
