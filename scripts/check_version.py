@@ -1,4 +1,4 @@
-"""Says whether the tree is ready to be released as a version: `python scripts/check_version.py 0.1.0`, in the repository."""
+"""Says whether the tree can be released as a version: `python scripts/check_version.py 0.1.0`, in the repository."""
 
 from __future__ import annotations
 

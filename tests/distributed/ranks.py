@@ -17,9 +17,10 @@ import torch
 from torch import distributed
 
 TIMEOUT = timedelta(seconds=60)
+IMPORTED = ["torch.distributed.tensor", "transformers.models.gpt_oss.modeling_gpt_oss", "accelerate", "gptoss_opt"]
 PROCESSES = multiprocessing.get_context("forkserver")
-"""Every rank is a fork of one process that has imported these and done nothing else: importing takes seconds of each."""
-PROCESSES.set_forkserver_preload(["torch.distributed.tensor", "transformers.models.gpt_oss", "accelerate", "gptoss_opt"])
+"""Every rank is a fork of one process that has imported these and done nothing else: each would take seconds for it."""
+PROCESSES.set_forkserver_preload(IMPORTED)
 
 
 class RankError(AssertionError):

@@ -1,4 +1,4 @@
-"""What `make wheel` asks of an installed package beside some tests of everything: is it whole, and does it stand alone?"""
+"""What `make wheel` asks of an installed package: is it whole, and does it stand alone?"""
 
 from __future__ import annotations
 
