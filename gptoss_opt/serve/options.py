@@ -154,8 +154,8 @@ class Options:
         fields = {name: value for name, value in fields.items() if value is not None}
         layers = (fields, _said(config), _said(of_model))
         said = {**layers[2], **layers[1], **layers[0]}
-        said |= {"seed": seed, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-        _check({**said, "logprobs_temperature": logprobs_temperature})
+        asked = {"seed": seed, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        _check({**said, **asked, "logprobs_temperature": logprobs_temperature})
         options = cls(
             max_new_tokens=_max_new_tokens(prompt_length, layers),
             min_new_tokens=int(said.get("min_new_tokens") or 0),

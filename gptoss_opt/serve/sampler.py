@@ -85,8 +85,8 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     if wanted:
         rows = torch.tensor(wanted, device=logits.device)
         counts = [draws[row].options.logprobs or 0 for row in wanted]
-        temperatures = logits.new_tensor([draws[row].options.logprobs_temperature for row in wanted], dtype=torch.double)
-        scores = logits[rows].double() / temperatures[:, None]
+        temperatures = [draws[row].options.logprobs_temperature for row in wanted]
+        scores = logits[rows].double() / torch.tensor(temperatures, dtype=torch.double, device=logits.device)[:, None]
         logprobs = logprobs_of(scores, [made[row] for row in wanted], counts)
         for row, of_row in zip(wanted, logprobs, strict=True):
             found[row] = Drawn(made[row], of_row)

@@ -76,7 +76,8 @@ def train(how: str, batch_size: int, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, size, *hows = sys.argv[1:]
+    folder, *hows = sys.argv[1:]
     for one in hows:
-        main(one, int(size), Path(folder, one))
+        name, _, size = one.partition(":")
+        main(name, int(size), Path(folder, name))
     leave()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from gptoss_opt.kernels.experts.impl import native as module
 from gptoss_opt.kernels.experts.impl.native import NATIVE, NATIVE_DENSE
 from gptoss_opt.kernels.mxfp4 import pack, unpack
 from tests.helpers import relative
+from tests.kernels.built import SOURCES, built
 
 AMX = package.INSTRUCTION_SETS.index("AMX")
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -30,11 +29,8 @@ if package.why_not("cpu", torch.bfloat16) or package.library().best < package.BF
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> package.Library:
     """The library as the package builds it, but for tiles."""
-    source = Path(package.__file__).parent / "c" / "native.c"
-    file = tmp_path_factory.mktemp("played") / "native.so"
     options = ["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-Wno-psabi", "-DPLAY_TILES"]
-    subprocess.run([str(COMPILER), *options, str(source), "-o", str(file), "-lm", "-lpthread"], check=True)
-    return package._load(str(file))
+    return package._load(str(built(tmp_path_factory, SOURCES / "native.c", str(COMPILER), *options)))
 
 
 @pytest.fixture(autouse=True)

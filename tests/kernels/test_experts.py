@@ -756,8 +756,8 @@ def test_explain_says_which_instructions_compute_and_why_not_amx(monkeypatch: py
 def test_a_library_that_cannot_be_loaded_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"junk")
-    for path, reason in ((None, "was not built when"), (str(broken), "could not be loaded")):
-        monkeypatch.setattr(native_library, "_path", lambda path=path: path)
+    for path, reason in ((tmp_path / "none.so", "was not built when"), (broken, "could not be loaded")):
+        monkeypatch.setattr(native_library, "FILE", path)
         native_library._loaded.cache_clear()
         assert reason in str(native_library.why_not("cpu", torch.float32))
         blocks, scales = pack(torch.ones(32))

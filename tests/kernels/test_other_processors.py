@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_opt.kernels import native
+from tests.kernels.built import SOURCES, built
 
-SOURCES = Path(native.__file__).parent / "c"
 ARM = "aarch64-linux-gnu-gcc"
 PROCESSORS = {
     "this one": ("cc", [], []),
@@ -23,14 +22,12 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_beside_plain_loops(name: str, tmp_path: Path) -> None:
+def test_beside_plain_loops(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     compiler, chosen, emulator = PROCESSORS[name]
     if missing := [one for one in (compiler, *emulator[:1]) if not shutil.which(one)]:
         pytest.skip(f"{missing[0]} is not installed")
-    program = tmp_path / "by_itself"
     options = [*chosen, "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-static", f"-I{SOURCES}"]
-    source = str(Path(__file__).with_name("by_itself.c"))
-    subprocess.run([compiler, *options, source, "-o", str(program), "-lm", "-lpthread"], check=True)
+    program = built(tmp_path_factory, Path(__file__).with_name("by_itself.c"), compiler, *options)
     run = subprocess.run([*emulator, str(program)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
     assert run.stdout.startswith("best 3" if "-cpu max" in " ".join(emulator) else "best")

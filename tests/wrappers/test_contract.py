@@ -267,6 +267,8 @@ def test_trains(wrap, model) -> None:
 # torch's own, while tracing.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+# Tracing takes most of the time of this file, and what it traces of one wrapper knows no names.
+@pytest.mark.parametrize("names", ["as named"], indirect=True)
 def test_compiles(wrap, model) -> None:
     loss, expected = loss_and_gradients(wrap(model), ids())
     torch._dynamo.reset()

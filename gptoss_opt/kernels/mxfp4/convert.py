@@ -61,8 +61,8 @@ def pack_columns(
             return signal, noise
     rows = dense.T
     found = plain.pack(rows)
-    blocks.copy_(found[0])
-    scales.copy_(found[1])
+    for name, to, packed in (("blocks", blocks, found[0]), ("scales", scales, found[1])):
+        admit(name, to, torch.uint8, packed.shape, dense.device, strided=False).copy_(packed)
     exact = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
     error = exact - unpack(blocks, scales, exact.dtype)
     signal, noise = (float(x.square().sum(dtype=torch.float64)) for x in (exact, error))

@@ -8,7 +8,6 @@ torch's, whose threads go on spinning for a while after each operation.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import platform
 import re
 import sys
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from ..processor import has
 
-MODULE = "gptoss_opt.kernels.native._native"
+FILE = Path(__file__).with_name("_native.so")
+"""The library. It is for no Python in particular, and so has no Python's tag in its name: see setup.py."""
 DTYPES = (torch.bfloat16, torch.float32)
 AMX = "AMX"
 X86_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 BF16", AMX)
@@ -154,12 +154,6 @@ def check_memory(status: int) -> None:
 
 
 @cache
-def _path() -> str | None:
-    spec = importlib.util.find_spec(MODULE)
-    return None if spec is None else spec.origin
-
-
-@cache
 def library() -> Library:
     """The native library, loaded."""
     loaded = _loaded()
@@ -182,11 +176,10 @@ def computes_on() -> str:
 
 @cache
 def _loaded() -> Library | str:
-    path = _path()
-    if path is None:
+    if not FILE.exists():
         return "was not built when gptoss_opt was installed: install a C compiler, then gptoss_opt again"
     try:
-        return _load(path)
+        return _load(str(FILE))
     except (OSError, AttributeError) as error:
         return f"could not be loaded ({error}): install gptoss_opt again"
 
