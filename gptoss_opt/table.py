@@ -77,8 +77,8 @@ def _wrap(paragraphs: tuple[str, ...], width: int) -> tuple[str, ...]:
 def _html_cell(cell: Cell) -> str:
     paragraphs = _paragraphs(cell)
     space = "pre" if max(map(len, paragraphs), default=0) <= SHORT else "pre-wrap"
-    parts = map(html.escape, paragraphs)
+    parts = [html.escape(paragraph) for paragraph in paragraphs]
     if len(paragraphs) > 1:
         # Lines after the first are indented, so that each paragraph is seen to begin.
-        parts = (f"<div style='padding-left:1em;text-indent:-1em'>{part}</div>" for part in parts)
+        parts = [f"<div style='padding-left:1em;text-indent:-1em'>{part}</div>" for part in parts]
     return f"<td style='text-align:left;vertical-align:top;white-space:{space}'>{''.join(parts)}</td>"
