@@ -87,6 +87,9 @@ def with_everything() -> Iterator[None]:
         patch("gptoss_opt.kernels.kernel_table.processor", return_value="Zen 5"),
     )
     with ExitStack() as stack:
+        # What is loaded is kept, before and behind: nothing of either must be left to the other.
+        stack.callback(native.library.cache_clear)
+        native.library.cache_clear()
         for one in patches:
             stack.enter_context(one)
         yield

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import gptoss_opt
@@ -21,6 +22,7 @@ from benchmarks.charts.page import measured, page, picture, title
 from benchmarks.charts.readme import table
 from gptoss_opt import extend
 from gptoss_opt.core import WRAPPERS
+from gptoss_opt.kernels import native
 from tests.docs import backends
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,17 @@ def test_every_wrapper_has_a_page_of_the_same_shape() -> None:
 
 def test_the_tables_of_backends_are_what_backends_say() -> None:
     assert backends.PAGE.read_text() == backends.page(), "write it anew: python -m tests.docs.backends"
+
+
+def test_asking_backends_leaves_nothing_behind() -> None:
+    def here() -> list[str | None]:
+        return [backends.asked(kernel)[1]("native", "cpu", torch.bfloat16) for kernel in backends.NOTES]
+
+    before = here()
+    backends.page()
+    assert here() == before
+    if native.why_not("cpu", torch.float32) is None:
+        assert native.library().functions is not None
 
 
 def test_a_backend_that_serves_less_changes_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
