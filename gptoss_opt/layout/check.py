@@ -33,7 +33,9 @@ def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) ->
     """Raise `LayoutError` unless what is to be held otherwise than now can be read, and what is new be added."""
     holder = _holder(model)
     for parameter in (name for name, how in held.items() if how.form.new and name not in layout and holder):
-        raise LayoutError(f"{parameter} would be dropped, and is held by {holder[0]}, since {holder[1]}. Undo before that.")
+        raise LayoutError(
+            f"{parameter} would be dropped, and is held by {holder[0]}, since {holder[1]}. Undo before that."
+        )
     for parameter in layout:
         form, how = layout.form(parameter), held.get(parameter, Held(Form()))
         if form.new and parameter not in held and holder:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from gptoss_opt import (
     with_monitor,
     with_mxfp4_experts,
 )
-from tests.helpers import ids, tiny_model
+from tests.helpers import ids
 from tests.train.twins import begun, plain
 
 STEPS, BATCH, LENGTH = 4, 4, 12
