@@ -108,7 +108,7 @@ class Lora(Wrapper):
         return found
 
     def check(self, model: nn.Module) -> Iterable[str]:
-        yield from why_no_adapters(model)
+        yield from (*why_no_adapters(model), *why_offloaded(model))
         adapted = self.adapted(model)
         if any(place.of_experts for place in adapted):
             yield from (*why_no_experts(model), *why_experts_stay(model))
