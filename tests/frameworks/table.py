@@ -192,12 +192,12 @@ TABLE: dict[str, dict[str, Cell]] = {
 }
 
 
-def tested(framework: str) -> list[str]:
+def stacks_of(framework: str) -> list[str]:
     """The stacks that the table calls tested with a framework."""
     return [stack for stack, cell in TABLE[framework].items() if isinstance(cell, Checked)]
 
 
-def refused(framework: str) -> list[tuple[str, str]]:
+def refusals_of(framework: str) -> list[tuple[str, str]]:
     """The stacks that the table calls refused, and what is said."""
     return [(stack, cell.sentence) for stack, cell in TABLE[framework].items() if isinstance(cell, Refused)]
 

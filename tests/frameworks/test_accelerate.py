@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from gptoss_opt import CompatibilityError, gather_state_dict, with_flash_attention
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_trainer import KNOWS_SHARDS
-from tests.frameworks.table import OFFLOADED, TOGETHER, tested
+from tests.frameworks.table import OFFLOADED, TOGETHER, stacks_of
 from tests.frameworks.training import WRAPS, Losses, alone, differs, logits, loop, optimizer_of, reference, wrapped
 from tests.helpers import ids, relative, tiny_model
 from tests.train.twins import plain
@@ -46,7 +46,7 @@ def in_ddp(stack: str) -> Losses:
         return loop(prepared, optimizer, one.backward, distributed.get_rank(), 2)
 
 
-@pytest.mark.parametrize("stack", [one for one in tested("ddp") if one != "sharded"])
+@pytest.mark.parametrize("stack", [one for one in stacks_of("ddp") if one != "sharded"])
 def test_on_two_processes_it_learns_as_one(two: Ranks, stack: str) -> None:
     expected = alone(stack)
     for losses in two(in_ddp, stack):
@@ -105,7 +105,7 @@ def in_fsdp2(stack: str, folder: Path) -> Losses:
         return losses
 
 
-@pytest.mark.parametrize("stack", tested("fsdp plugin"))
+@pytest.mark.parametrize("stack", stacks_of("fsdp plugin"))
 def test_its_fsdp2_plugin(two: Ranks, stack: str, tmp_path: Path) -> None:
     expected = alone(stack)
     for losses in two(in_fsdp2, stack, tmp_path):
@@ -130,7 +130,7 @@ def in_bfloat16(model: Any) -> Losses:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("stack", tested("autocast"))
+@pytest.mark.parametrize("stack", stacks_of("autocast"))
 def test_in_mixed_precision_it_is_as_exact_as_plain_transformers(stack: str) -> None:
     exact = alone(stack, torch.float32)
     found, expected = (differs(in_bfloat16(make(stack, torch.float32)), exact) for make in (wrapped, reference))

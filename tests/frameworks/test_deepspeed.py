@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 import gptoss_opt
 from gptoss_opt import CompatibilityError, stack_of, undo, with_lora
 from tests.distributed.ranks import Ranks
-from tests.frameworks.table import refused, tested
+from tests.frameworks.table import refusals_of, stacks_of
 from tests.frameworks.training import STEPS, Losses, alone, batch, differs, logits, mean, optimizer_of, wrapped
 from tests.helpers import relative
 from tests.train.twins import plain
@@ -71,7 +71,7 @@ def learned(stack: str, folder: Path) -> tuple[Losses, Tensor, Tensor]:
         return losses, says, logits(again)
 
 
-@pytest.mark.parametrize("stack", tested("deepspeed"))
+@pytest.mark.parametrize("stack", stacks_of("deepspeed"))
 def test_it_learns_as_one_process(two: Ranks, stack: str, tmp_path: Path) -> None:
     expected = alone(stack, DTYPE)
     for losses, says, again in two(learned, stack, tmp_path):
@@ -113,7 +113,7 @@ def said(stack: str) -> str:
         return str(error.value)
 
 
-@pytest.mark.parametrize(("stack", "sentence"), refused("deepspeed"))
+@pytest.mark.parametrize(("stack", "sentence"), refusals_of("deepspeed"))
 def test_refused(two: Ranks, stack: str, sentence: str) -> None:
     for found in two(said, stack):
         assert sentence in found

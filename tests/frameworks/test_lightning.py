@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 
 from tests.distributed.ranks import Ranks
 from tests.frameworks import training
-from tests.frameworks.table import refused, tested
+from tests.frameworks.table import refusals_of, stacks_of
 from tests.frameworks.training import Losses, alone, batch, differs, logits, optimizer_of, wrapped
 from tests.helpers import relative
 
@@ -55,7 +55,7 @@ def fitted(model: Any, folder: Path, part: int = 0, parts: int = 1, **options: A
     return learner, trainer
 
 
-@pytest.mark.parametrize("stack", tested("lightning"))
+@pytest.mark.parametrize("stack", stacks_of("lightning"))
 def test_it_learns_as_a_plain_loop(stack: str, tmp_path: Path) -> None:
     learner, trainer = fitted(wrapped(stack), tmp_path, devices=1)
     expected = alone(stack)
@@ -90,7 +90,7 @@ def in_ddp(stack: str, folder: Path) -> Losses:
         return fitted(wrapped(stack), folder, distributed.get_rank(), 2, **ddp)[0].losses
 
 
-@pytest.mark.parametrize("stack", tested("lightning"))
+@pytest.mark.parametrize("stack", stacks_of("lightning"))
 def test_in_ddp_it_learns_as_one_process(two: Ranks, stack: str, tmp_path: Path) -> None:
     for losses in two(in_ddp, stack, tmp_path):
         assert differs(losses, alone(stack)) < 1e-5
@@ -102,7 +102,7 @@ def said(stack: str, folder: Path) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("stack", "sentence"), refused("lightning"))
+@pytest.mark.parametrize(("stack", "sentence"), refusals_of("lightning"))
 def test_refused(two: Ranks, stack: str, sentence: str, tmp_path: Path) -> None:
     for found in two(said, stack, tmp_path):
         assert sentence in found

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.frameworks.table import refused, tested
+from tests.frameworks.table import refusals_of, stacks_of
 from tests.frameworks.training import WRAPS, alone, differs, logits, loop, optimizer_of, wrapped
 from tests.helpers import relative
 
@@ -73,7 +73,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("stack", tested("ray"))
+@pytest.mark.parametrize("stack", stacks_of("ray"))
 def test_it_learns_as_one_process(result: Any, stack: str) -> None:
     expected = alone(stack)
     assert differs(result.metrics["found"][stack], expected) < 1e-5
@@ -87,6 +87,6 @@ def test_it_learns_as_one_process(result: Any, stack: str) -> None:
     assert relative(before, logits(model)) > 1e-2
 
 
-@pytest.mark.parametrize(("stack", "sentence"), refused("ray"))
+@pytest.mark.parametrize(("stack", "sentence"), refusals_of("ray"))
 def test_refused(result: Any, stack: str, sentence: str) -> None:
     assert sentence in result.metrics["found"][stack]
