@@ -130,8 +130,8 @@ def model_problems(wrappers: Iterable[Spec], model: nn.Module) -> Iterator[str]:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         yield (
             "DeepSpeed's ZeRO-3 holds the parameters of this model, in parts that wrappers cannot read. Wrap the model "
-            "first, then deepspeed.initialize what you get; load it outside of deepspeed.zero.Init(), which transformers "
-            "enters where TrainingArguments with a DeepSpeed config exist already."
+            "first, then deepspeed.initialize what you get; load it outside of deepspeed.zero.Init(), which "
+            "transformers enters where TrainingArguments with a DeepSpeed config exist already."
         )
         return
     # What is wrong with the kind of model is said once, not once per wrapper.

@@ -24,9 +24,9 @@ from ..layout import Part, Split
 from . import collectives
 
 TOGETHER = (
-    "parameters that are spread over ranks cannot be put together with others, as DistributedDataParallel does (and with "
-    "it accelerate, Lightning and Ray): the model sums and averages its gradients itself. Train the model as it is, "
-    "without that around it."
+    "parameters that are spread over ranks cannot be put together with others, as DistributedDataParallel does (and "
+    "with it accelerate, Lightning and Ray): the model sums and averages its gradients itself. Train the model as it "
+    "is, without that around it."
 )
 """Said to whatever gathers parameters in buckets."""
 

@@ -40,8 +40,8 @@ def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) ->
         form, how = layout.form(parameter), held.get(parameter, Held(Form()))
         if form.new and parameter not in held and holder:
             raise LayoutError(
-                f"{form.by} adds {parameter}, and {holder[0]}, which holds the model since {holder[1]}, would not know of "
-                "it. Wrap before that."
+                f"{form.by} adds {parameter}, and {holder[0]}, which holds the model since {holder[1]}, would not know "
+                "of it. Wrap before that."
             )
         stays = (form.storage, form.splits, not layout.axes) == (how.form.storage, how.form.splits, how.mesh is None)
         if form.new or stays:

@@ -107,8 +107,7 @@ TABLE: dict[str, dict[str, Cell]] = {
             "sharded": by(
                 f"{ACCELERATE}::test_sharded_models_in_its_tensor_parallelism",
                 f"{ACCELERATE}::test_refused",
-                note="with `Accelerator(parallelism_config=ParallelismConfig(tp_size=...))`, of as many as share a batch. "
-                f'DDP is refused: "{TOGETHER}"',
+                note="in its tensor parallelism; DDP is refused",
             )
         },
         f"{ACCELERATE}::test_on_two_processes_it_learns_as_one",
@@ -205,10 +204,10 @@ def refusals_of(framework: str) -> list[tuple[str, str]]:
 HEAD = """\
 # With which frameworks
 
-Wrap the model first, then give it to the framework. This table says what holds then: its columns are wrappers, and other
-stacks are these together. It is data (tests/frameworks/table.py): what it calls tested is a short training whose losses
-are those of a plain loop on plain transformers, or of the same in one process; what it calls refused raises that sentence.
-`make test-frameworks` runs the tests that need DeepSpeed, Ray or Lightning, all on CPUs.
+Wrap the model first, then give it to the framework. Columns are wrappers; other stacks are these together. A cell that
+is tested is a short training, on CPUs, whose losses are those of a plain loop of one process. A cell that is refused is
+an error, whose sentence stands below. `make test-frameworks` installs DeepSpeed, Ray and Lightning beside the rest and
+runs these tests.
 
 """
 
@@ -216,15 +215,23 @@ NOTES = """\
 
 ## How, with each
 
-| | |
-|---|---|
-| DDP, accelerate, Lightning, Ray | `DistributedDataParallel(model)`, `accelerator.prepare(model, optimizer)`, a `LightningModule` that holds the model, `ray.train.torch.prepare_model(model)`. Each rank then holds the whole model |
-| sharded models | they sum their gradients themselves: no DDP around them. accelerate is told by `ParallelismConfig(tp_size=...)`, the `Trainer` by the model itself |
-| FSDP2 | `fully_shard` each layer, then the model; beside `shard_tensor_parallel` or `shard_experts`, over another axis of one mesh. Make the optimizer afterwards |
-| accelerate's FSDP2 plugin | `fsdp_version=2`, with `GptOssDecoderLayer` as the class to wrap. accelerate keeps it for GPUs; on CPUs the tests tell its state by hand |
-| DeepSpeed ZeRO-3 | `deepspeed.initialize(model=model, ...)`. Load the model outside of `deepspeed.zero.Init()`: where transformers' `TrainingArguments` with a DeepSpeed config exist already, `from_pretrained` enters it |
-| CPU offload | accelerate's hooks bring weights for the forward alone: it computes, and trains nothing |
-| saving | `model.save_pretrained` and `save_adapter` where a rank holds the whole model, and with adapters or shards everywhere; else what the framework gathers: `accelerator.get_state_dict`, `engine.save_checkpoint`, Lightning's and Ray's checkpoints. They go into a model under the same stack |
+- **DDP, accelerate, Lightning, Ray.** `DistributedDataParallel(model)`, `accelerator.prepare(model, optimizer)`, a
+  `LightningModule` that holds the model, or `ray.train.torch.prepare_model(model)`. Each rank holds the whole model.
+- **Sharded models** sum their gradients themselves, and have no DDP around them. accelerate is told so by
+  `Accelerator(parallelism_config=ParallelismConfig(tp_size=...))`, the `Trainer` by the model.
+- **FSDP2.** `fully_shard` each layer, then the model, and make the optimizer afterwards. Beside `shard_tensor_parallel`
+  or `shard_experts` it takes another axis of the same mesh.
+- **accelerate's FSDP2 plugin.** `fsdp_version=2`, with `GptOssDecoderLayer` as the class to wrap. accelerate keeps the
+  plugin for GPUs; on CPUs, the tests switch it on by hand. `gather_state_dict(model)` gives the whole tensors.
+- **DeepSpeed ZeRO-3.** `deepspeed.initialize(model=model, ...)`. Load the model outside of `deepspeed.zero.Init()`.
+  Where `TrainingArguments` with a DeepSpeed config exist already, transformers' `from_pretrained` enters it. A model that
+  ZeRO-3 holds is refused by every wrapper. DeepSpeed clips gradients to a norm of 1 unless `gradient_clipping` says
+  otherwise. What is tested is in float32.
+- **CPU offload.** accelerate brings the weights for the forward alone. Such a model computes and is not trained, with
+  wrappers or without: offloaded after wrapping, it has no gradients, and nothing says so.
+- **Saving.** `model.save_pretrained` and `save_adapter` serve where each rank holds the whole model; of adapters and of
+  sharded models, under FSDP2 too. Else there is what the framework gathers: `engine.save_checkpoint`, Lightning's and
+  Ray's checkpoints. They go into a model under the same stack.
 
 ## What is refused
 
@@ -235,8 +242,10 @@ def cell_text(cell: Cell) -> str:
     """A cell of the page."""
     if isinstance(cell, Untested):
         return "works, untested"
-    links = " ".join(f"[tested](../tests/{one.partition('::')[0]})" for one in dict.fromkeys(cell.tests))
-    return f"{links} {cell.note}".strip() if isinstance(cell, Checked) else "refused"
+    if isinstance(cell, Refused):
+        return "refused"
+    file = cell.tests[0].partition("::")[0]
+    return f"[tested](../tests/{file})" + (f", {cell.note}" if cell.note else "")
 
 
 def page() -> str:

@@ -16,7 +16,18 @@ import gptoss_opt
 from gptoss_opt import CompatibilityError, stack_of, undo, with_lora
 from tests.distributed.ranks import Ranks
 from tests.frameworks.table import refusals_of, stacks_of
-from tests.frameworks.training import STEPS, Losses, alone, batch, differs, logits, mean, optimizer_of, wrapped
+from tests.frameworks.training import (
+    STEPS,
+    Losses,
+    alone,
+    batch,
+    differs,
+    logits,
+    logits_alone,
+    mean,
+    optimizer_of,
+    wrapped,
+)
 from tests.helpers import relative
 from tests.train.twins import plain
 
@@ -28,6 +39,8 @@ CONFIG = {
     # All parameters are spread, small ones too.
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero_allow_untested_optimizer": True,
+    # Its default is 1.
+    "gradient_clipping": 0.0,
 }
 
 
@@ -76,6 +89,7 @@ def test_it_learns_as_one_process(two: Ranks, stack: str, tmp_path: Path) -> Non
     expected = alone(stack, DTYPE)
     for losses, says, again in two(learned, stack, tmp_path):
         assert differs(losses, expected) < 1e-5
+        assert relative(says, logits_alone(stack, DTYPE)) < 1e-4
         assert torch.equal(again, says)
         assert relative(logits(wrapped(stack, DTYPE)), says) > 1e-2
     # Negative control: one rank's half of each batch.

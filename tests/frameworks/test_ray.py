@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.frameworks.table import refusals_of, stacks_of
-from tests.frameworks.training import WRAPS, alone, differs, logits, loop, optimizer_of, wrapped
+from tests.frameworks.training import WRAPS, alone, differs, logits, logits_alone, loop, optimizer_of, wrapped
 from tests.helpers import relative
 
 ray = pytest.importorskip("ray", reason="ray is not installed: make test-frameworks")
@@ -80,11 +80,11 @@ def test_it_learns_as_one_process(result: Any, stack: str) -> None:
     # Negative control: one worker's half of each batch.
     assert differs(alone(stack, rows=2), expected) > 1e-2
     # What it keeps goes into a model under the same stack.
-    model = wrapped(stack)
-    before = logits(model)
+    model, says = wrapped(stack), logits_alone(stack)
+    assert relative(logits(model), says) > 1e-2
     with result.checkpoint.as_directory() as folder:
         model.load_state_dict(torch.load(Path(folder, f"{stack}.pt"), weights_only=True))
-    assert relative(before, logits(model)) > 1e-2
+    assert relative(logits(model), says) < 1e-5
 
 
 @pytest.mark.parametrize(("stack", "sentence"), refusals_of("ray"))

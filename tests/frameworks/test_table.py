@@ -1,4 +1,4 @@
-"""The table of docs/frameworks.md: its tests are there, all tests of this folder are in it, and the page is the table."""
+"""The table of docs/frameworks.md: its tests are there, those of this folder are in it, and the page is the table."""
 
 from __future__ import annotations
 

@@ -113,5 +113,13 @@ def differs(found: Losses, expected: Losses) -> float:
 
 def logits(model: Any) -> Tensor:
     """What a model says of some tokens, in evaluation mode."""
+    model.eval()  # an engine of DeepSpeed returns nothing
     with torch.no_grad():
-        return model.eval()(ids()).logits.float()
+        return model(ids()).logits.float()
+
+
+def logits_alone(stack: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What a model says that one process has trained under a stack."""
+    model = wrapped(stack, dtype)
+    loop(model, optimizer_of(model))
+    return logits(model)
