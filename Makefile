@@ -87,9 +87,9 @@ try-wheel:
 		--constraint requirements/dev.txt dist/*.whl pytest
 	cd build/tried && $(TEST) venv/bin/python -m pytest $(TESTS_OF_WHEELS)
 
-# With the packages of others that the package works with.
+# With packages of others that are too heavy for every machine: DeepSpeed, Ray, Lightning, the lm-evaluation-harness.
 test-frameworks: $(FRAMEWORKS)/.built
-	$(TEST) $(FRAMEWORKS)/bin/python -m $(PYTEST) $(wildcard tests/evaluation tests/frameworks)
+	PATH="$(CURDIR)/$(FRAMEWORKS)/bin:$$PATH" $(TEST) $(FRAMEWORKS)/bin/python -m pytest tests/evaluation tests/frameworks
 
 bench: $(VENV)/.built
 	$(RUN) -m benchmarks
@@ -118,10 +118,12 @@ $(NEWEST)/.ready: requirements/dev.txt requirements/newest.txt
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --requirement requirements/newest.txt
 	touch $@
 
+# DeepSpeed is built from source, and asks the torch of the environment how.
 $(FRAMEWORKS)/.ready: requirements/dev.txt requirements/frameworks.txt
 	$(PYTHON) -m venv --clear $(FRAMEWORKS)
-	$(FRAMEWORKS)/bin/python -m pip install --quiet --requirement requirements/dev.txt
-	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps --requirement requirements/frameworks.txt
+	$(FRAMEWORKS)/bin/python -m pip install --quiet setuptools wheel --requirement requirements/dev.txt
+	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps --no-build-isolation \
+		--requirement requirements/frameworks.txt
 	touch $@
 
 %/.built: %/.ready pyproject.toml $(NATIVE)

@@ -127,6 +127,13 @@ def model_problems(wrappers: Iterable[Spec], model: nn.Module) -> Iterator[str]:
     if compiled := _why_compiled(model):
         yield compiled
         return
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield (
+            "DeepSpeed's ZeRO-3 holds the parameters of this model, in parts that wrappers cannot read. Wrap the model "
+            "first, then deepspeed.initialize what you get; load it outside of deepspeed.zero.Init(), which "
+            "transformers enters where TrainingArguments with a DeepSpeed config exist already."
+        )
+        return
     # What is wrong with the kind of model is said once, not once per wrapper.
     hosts = dict.fromkeys(wrapper.host.why_not(model) for wrapper in canonical(wrappers))
     if wrong := [reason for reason in hosts if reason]:

@@ -23,6 +23,13 @@ from ..kernels.codes import refuse_arithmetic
 from ..layout import Part, Split
 from . import collectives
 
+TOGETHER = (
+    "parameters that are spread over ranks cannot be put together with others, as DistributedDataParallel does (and "
+    "with it accelerate, Lightning and Ray): the model sums and averages its gradients itself. Train the model as it "
+    "is, without that around it."
+)
+"""Said to whatever gathers parameters in buckets."""
+
 
 class PartTensor(DTensor):
     """A DTensor whose parts are those of its splits. What is computed of it elementwise is one too.
@@ -49,6 +56,9 @@ class PartTensor(DTensor):
         # Parameters of bytes are codes.
         if any(isinstance(x, PartTensor) and x.dtype == torch.uint8 for x in pytree.tree_leaves(args)):
             refuse_arithmetic(func.overloadpacket.__name__)
+        # As of buckets: torch would take the parts for equal ones, and average what is no replica.
+        if func is torch.ops.aten.cat.default:
+            raise ValueError(TOGETHER)
         result = DTensor.__torch_dispatch__(func, types, args, kwargs or {})
         # Of lists, such as an optimizer's, each result is of the tensors at its place.
         if type(result) in (list, tuple):
@@ -66,6 +76,10 @@ class PartTensor(DTensor):
     def __tensor_unflatten__(inner_tensors: Any, flatten_spec: Any, outer_size: Any, outer_stride: Any) -> DTensor:
         # What torch.compile traces knows no splits: it is of this class, and its graph gives it to nobody.
         return in_parts(DTensor.__tensor_unflatten__(inner_tensors, flatten_spec, outer_size, outer_stride), None)
+
+    def data_ptr(self) -> int:
+        """Where this rank's part lies: by its address accelerate knows a parameter from the others."""
+        return int(self._local_tensor.data_ptr())
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         """The whole tensor, gathered from the ranks; all of them must ask for it."""

@@ -31,16 +31,17 @@ def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
 
 def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
     """Raise `LayoutError` unless what is to be held otherwise than now can be read, and what is new be added."""
-    # FSDP2 holds parameters that between a forward and a backward look like any.
-    under_fsdp = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
-    for parameter in (name for name, how in held.items() if how.form.new and name not in layout and under_fsdp):
-        raise LayoutError(f"{parameter} would be dropped, and is held by FSDP, since fully_shard. Undo before that.")
+    holder = _holder(model)
+    for parameter in (name for name, how in held.items() if how.form.new and name not in layout and holder):
+        raise LayoutError(
+            f"{parameter} would be dropped, and is held by {holder[0]}, since {holder[1]}. Undo before that."
+        )
     for parameter in layout:
         form, how = layout.form(parameter), held.get(parameter, Held(Form()))
-        if form.new and parameter not in held and under_fsdp:
+        if form.new and parameter not in held and holder:
             raise LayoutError(
-                f"{form.by} adds {parameter}, and FSDP, which holds the model since fully_shard, would not know of it. "
-                "Wrap before that."
+                f"{form.by} adds {parameter}, and {holder[0]}, which holds the model since {holder[1]}, would not know "
+                "of it. Wrap before that."
             )
         stays = (form.storage, form.splits, not layout.axes) == (how.form.storage, how.form.splits, how.mesh is None)
         if form.new or stays:
@@ -58,8 +59,18 @@ def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) ->
                     f"{name} is a {type(tensor).__name__}, which something else has made of it (fully_shard, a "
                     "quantiser). Wrap and undo before that."
                 )
-            if under_fsdp:
-                raise LayoutError(f"{name} is held by FSDP, since fully_shard. Wrap and undo before that.")
+            if holder:
+                raise LayoutError(f"{name} is held by {holder[0]}, since {holder[1]}. Wrap and undo before that.")
+
+
+def _holder(model: nn.Module) -> tuple[str, str] | None:
+    """What else holds the parameters of a model and gathers them for its forwards, and since which call; or None."""
+    # FSDP2 holds parameters that between a forward and a backward look like any.
+    if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
+        return "FSDP", "fully_shard"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed's ZeRO-3", "deepspeed.initialize"
+    return None
 
 
 def _wrong_form(parameter: str, form: Form, layout: Layout) -> Iterator[str]:

@@ -148,9 +148,9 @@ def _refuse(model: Any, head: nn.Module, kwargs: dict[str, Any]) -> None:
             "model.loss_function was set after with_chunked_loss, and needs the logits. undo(model, with_chunked_loss) "
             "first."
         )
-    # Those of torch gather parameters (FSDP), and look at no values.
+    # Those of torch and DeepSpeed gather parameters (FSDP, ZeRO), and look at no values.
     for hook in head._forward_hooks.values():
-        if not str(getattr(hook, "__module__", None)).startswith("torch."):
+        if not str(getattr(hook, "__module__", None)).startswith(("torch.", "deepspeed.")):
             raise ValueError(
                 f"the head has a forward hook, {hook!r}, and with labels there are no logits for it to see. Remove it, "
                 "or undo(model, with_chunked_loss)."

@@ -36,6 +36,11 @@ def why_not_trained(model: nn.Module) -> Iterator[str]:
             "transformers has quantised this model, and quantised weights take no gradient. Load it dense: "
             "gptoss_opt.load(path), or from_pretrained(path, quantization_config=Mxfp4Config(dequantize=True))."
         )
+    yield from why_offloaded(model)
+
+
+def why_offloaded(model: nn.Module) -> Iterator[str]:
+    """Say why gradients of a model whose weights accelerate brings for the forward alone would be lost."""
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
     if any(getattr(one, "offload", False) for hook in hooks for one in getattr(hook, "hooks", (hook,))):
         yield (

@@ -36,7 +36,7 @@ from ..model.host import GPT_OSS
 from ..model.modules import decoder_path
 from ..model.peft_config import options_of
 from ..model.saving import SAVING
-from ..model.training import TRAINED
+from ..model.training import TRAINED, why_offloaded
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -108,7 +108,7 @@ class Lora(Wrapper):
         return found
 
     def check(self, model: nn.Module) -> Iterable[str]:
-        yield from why_no_adapters(model)
+        yield from (*why_no_adapters(model), *why_offloaded(model))
         adapted = self.adapted(model)
         if any(place.of_experts for place in adapted):
             yield from (*why_no_experts(model), *why_experts_stay(model))

@@ -244,3 +244,13 @@ def test_what_fsdp_has_sharded_is_not_packed_nor_undone() -> None:
     with pytest.raises(CompatibilityError, match="gate_up_proj_blocks is (a DTensor|held by FSDP)"):
         undo(model)
     assert len(stack_of(model)) == 1
+
+
+@pytest.mark.parametrize("wrap", [with_fast_experts, with_mxfp4_experts])
+def test_what_deepspeed_holds_is_not_wrapped(wrap: Callable[[Any], Any]) -> None:
+    model = tiny_model()
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks each parameter that it has taken
+    with pytest.raises(CompatibilityError, match="ZeRO-3 holds .* Wrap the model first, then deepspeed.initialize"):
+        wrap(model)
+    del model.lm_head.weight.ds_id
+    assert stack_of(wrap(model))
