@@ -1,4 +1,4 @@
-"""What mkdocs is told beside mkdocs.yml: two pages that lie outside docs/, and the links to them."""
+"""What mkdocs is told beside mkdocs.yml: two pages that lie outside docs/, and the links to what lies there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 PAGES = {"benchmarks/README.md": "benchmark_notes.md", "CHANGELOG.md": "changelog.md"}
 """Pages of the repository, by where they are on the site."""
+REPOSITORY = "https://github.com/gptoss-opt/gptoss_opt/blob/main"
+"""Where files are that are no pages."""
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
 
@@ -41,6 +43,8 @@ def links(markdown: str, *, source: str, on_site: str) -> str:
     def moved(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
         page = PAGES.get(target, target.removeprefix("docs/") if target.startswith("docs/") else None)
-        return match[0] if page is None else f"]({posixpath.relpath(page, posixpath.dirname(on_site) or '.')}"
+        if page is not None:
+            return f"]({posixpath.relpath(page, posixpath.dirname(on_site) or '.')}"
+        return f"]({REPOSITORY}/{target}" if (ROOT / target).is_file() else match[0]
 
     return LINK.sub(moved, markdown)

@@ -32,9 +32,10 @@ def check(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
 def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) -> None:
     """Raise `LayoutError` unless what is to be held otherwise than now can be read, and what is new be added."""
     holder = _holder(model)
-    for parameter in (name for name, how in held.items() if how.form.new and name not in layout and holder):
+    dropped = next((name for name, how in held.items() if how.form.new and name not in layout), None)
+    if holder and dropped is not None:
         raise LayoutError(
-            f"{parameter} would be dropped, and is held by {holder[0]}, since {holder[1]}. Undo before that."
+            f"{dropped} would be dropped, and is held by {holder[0]}, since {holder[1]}. Undo before that."
         )
     for parameter in layout:
         form, how = layout.form(parameter), held.get(parameter, Held(Form()))

@@ -224,9 +224,9 @@ NOTES = """\
 - **accelerate's FSDP2 plugin.** `fsdp_version=2`, with `GptOssDecoderLayer` as the class to wrap. accelerate keeps the
   plugin for GPUs; on CPUs, the tests switch it on by hand. `gather_state_dict(model)` gives the whole tensors.
 - **DeepSpeed ZeRO-3.** `deepspeed.initialize(model=model, ...)`. Load the model outside of `deepspeed.zero.Init()`.
-  Where `TrainingArguments` with a DeepSpeed config exist already, transformers' `from_pretrained` enters it. A model that
-  ZeRO-3 holds is refused by every wrapper. DeepSpeed clips gradients to a norm of 1 unless `gradient_clipping` says
-  otherwise. What is tested is in float32.
+  Where `TrainingArguments` with a DeepSpeed config exist already, transformers' `from_pretrained` enters it. A model
+  that ZeRO-3 holds is refused by every wrapper. DeepSpeed clips gradients to a norm of 1 unless `gradient_clipping`
+  says otherwise. What is tested is in float32.
 - **CPU offload.** accelerate brings the weights for the forward alone. Such a model computes and is not trained, with
   wrappers or without: offloaded after wrapping, it has no gradients, and nothing says so.
 - **Saving.** `model.save_pretrained` and `save_adapter` serve where each rank holds the whole model; of adapters and of
