@@ -77,10 +77,6 @@ class PartTensor(DTensor):
         # What torch.compile traces knows no splits: it is of this class, and its graph gives it to nobody.
         return in_parts(DTensor.__tensor_unflatten__(inner_tensors, flatten_spec, outer_size, outer_stride), None)
 
-    def data_ptr(self) -> int:
-        """Where this rank's part lies: by its address accelerate knows a parameter from the others."""
-        return int(self._local_tensor.data_ptr())
-
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         """The whole tensor, gathered from the ranks; all of them must ask for it."""
         return gather_whole(self.to_local(grad_placements=grad_placements).detach(), self._known(), self.device_mesh)

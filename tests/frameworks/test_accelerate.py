@@ -82,9 +82,9 @@ def in_tensor_parallelism() -> Losses:
     options = {"parallelism_config": accelerate.ParallelismConfig(tp_size=2)}
     model = wrapped("sharded")
     with accelerator(**options) as one:
-        prepared, optimizer = one.prepare(model, optimizer_of(model))
+        prepared = one.prepare(model)
         assert prepared is model
-        return loop(prepared, optimizer, one.backward)
+        return loop(prepared, optimizer_of(model), one.backward)
 
 
 @pytest.mark.skipif(not KNOWS_SHARDS, reason="accelerate 1.12 knows models that are sharded")
@@ -133,6 +133,7 @@ def test_its_fsdp2_plugin(two: Ranks, stack: str, tmp_path: Path) -> None:
 
 
 def in_bfloat16(model: Any) -> Losses:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran before in this process
     one = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     try:
         prepared, optimizer = one.prepare(model, optimizer_of(model))

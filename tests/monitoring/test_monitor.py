@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
+from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssModel, Trainer, TrainerCallback, TrainingArguments
@@ -237,6 +238,7 @@ def test_other_threads() -> None:
 def test_what_others_put_around_a_model(around: str, tmp_path: Path) -> None:
     stack = compose(with_flash_attention(), with_fast_linears(), with_chunked_loss(), with_monitor(every=1, to=()))
     model = stack(tiny_model())
+    AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran before in this process
     if around == "accelerate":
         outer = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     elif around == "offloaded":
