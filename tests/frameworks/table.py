@@ -218,8 +218,8 @@ NOTES = """\
 - **DDP, accelerate, Lightning, Ray.** `DistributedDataParallel(model)`, `accelerator.prepare(model, optimizer)`, a
   `LightningModule` that holds the model, or `ray.train.torch.prepare_model(model)`. Each rank holds the whole model.
 - **Sharded models** sum their gradients themselves, and have no DDP around them. accelerate is told so by
-  `Accelerator(parallelism_config=ParallelismConfig(tp_size=...))`, which prepares the model alone: the optimizer stays as
-  it is. The `Trainer` is told by the model.
+  `Accelerator(parallelism_config=ParallelismConfig(tp_size=...))`, which prepares the model alone: the optimizer stays
+  as it is. The `Trainer` is told by the model.
 - **FSDP2.** `fully_shard` each layer, then the model, and make the optimizer afterwards. Beside `shard_tensor_parallel`
   or `shard_experts` it takes another axis of the same mesh.
 - **accelerate's FSDP2 plugin.** `fsdp_version=2`, with `GptOssDecoderLayer` as the class to wrap. accelerate keeps the
