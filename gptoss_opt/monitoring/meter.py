@@ -89,18 +89,19 @@ class Meter:
     def _before(self, module: nn.Module, hook: Callable[[Any, Any, Any], None]) -> None:
         """Call a hook before a module's forward, where this thread computes it."""
 
-        def here(module: nn.Module, args: Any, kwargs: Any) -> None:
+        # In another thread torch may call it without the keywords, while this one removes it.
+        def here(module: nn.Module, args: Any, *more: Any) -> None:
             if threading.get_ident() == self._thread:
-                hook(module, args, kwargs)
+                hook(module, args, *more)
 
         self._handles.append(module.register_forward_pre_hook(here, with_kwargs=True))
 
     def _after(self, module: nn.Module, hook: Callable[[Any, Any, Any], None]) -> None:
         """Call a hook after a module's forward, where this thread computes it."""
 
-        def here(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        def here(module: nn.Module, args: Any, *more: Any) -> None:
             if threading.get_ident() == self._thread:
-                hook(module, kwargs, out)
+                hook(module, *more)
 
         self._handles.append(module.register_forward_hook(here, with_kwargs=True))
 

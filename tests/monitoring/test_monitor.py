@@ -10,6 +10,7 @@ import pickle
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from gptoss_opt.model.trainer import MonitorCallback
 from gptoss_opt.model.training import CHECKPOINTING
 from gptoss_opt.monitoring import monitor as module
 from gptoss_opt.monitoring import outputs
+from gptoss_opt.monitoring.meter import Meter
 from tests.finetune.chats import tokenizer
 from tests.helpers import ids, relative, tiny_model
 
@@ -231,6 +233,26 @@ def test_other_threads() -> None:
     routes = ids().numel() * model.config.num_experts_per_tok
     for step in monitor_of(model).steps:
         assert [sum(layer) for layer in step.load] == [routes] * 3
+
+
+def test_other_threads_while_hooks_are_removed() -> None:
+    model = tiny_model()
+    meter = Meter(model, sinks=True)
+    # torch forgets that a hook takes keywords before it forgets the hook: another thread may call it without them.
+    calls = [
+        (hook, (module, ()) if kind == "_forward_pre_hooks" else (module, (), None))
+        for module in model.modules()
+        for kind in ("_forward_pre_hooks", "_forward_hooks")
+        for hook in getattr(module, kind).values()
+    ]
+    with ThreadPoolExecutor(1) as other:
+        assert [other.submit(hook, *given).result() for hook, given in calls] == [None] * len(calls)
+    assert len(calls) > 10
+    assert not meter.load
+    # Negative control: in its own thread they are no calls of these hooks.
+    with pytest.raises(TypeError):
+        calls[0][0](*calls[0][1])
+    meter.close()
 
 
 @DEPRECATED
