@@ -11,18 +11,14 @@ import torch
 from ..planner import Device, Hardware
 from ..planner.hardware import product_rate, read_rate
 from ..planner.parameters import Parameters
-from ..planner.speed import REACHED, Rate, speed_of
+from ..planner.speed import ALL_OF_IT, Rate, speed_of
 from ..planner.workload import Workload
-
-SLOWER = 1e6
-"""How much slower a machine is made on which starting kernels takes next to no time, as on no machine it must."""
 
 
 def limits_of(config: Any, held: Parameters, hardware: Hardware, *, prompt: int, new_tokens: int) -> Mapping[str, Rate]:
     """Tokens a second of one sequence, by "decode" and "prefill", if all of a device's rates were reached.
 
-    What must be read, and computed, is counted by the planner (`gptoss_opt.planner.speed`), which expects a part of
-    the device's rates; here the whole counts.
+    What must be read, and computed, is counted by the planner (`gptoss_opt.planner.speed`).
 
     Args:
         config: of the model.
@@ -38,15 +34,12 @@ def limits_of(config: Any, held: Parameters, hardware: Hardware, *, prompt: int,
         >>> limits_of(model.config, held, described("cpu:24GB"), prompt=8, new_tokens=2)["decode"].bound
         'memory bandwidth'
     """
-    device, reached = hardware.device, REACHED[hardware.device.kind]
-    slow = replace(hardware, device=replace(device, bandwidth=device.bandwidth / SLOWER, flops=device.flops / SLOWER))
-    parts = {"memory bandwidth": reached.bandwidth, "products": reached.flops}
-    found = {}
     # The planner counts half of a context, which is there on average if all of it is decoded. Here the prompt was read.
-    for what, context in (("decode", 2 * prompt + new_tokens), ("prefill", prompt)):
-        rate = speed_of(config, held, Workload(context=context), slow)[what]
-        found[what] = replace(rate, tokens_per_second=rate.tokens_per_second * SLOWER / parts[rate.bound])
-    return found
+    contexts = {"decode": 2 * prompt + new_tokens, "prefill": prompt}
+    return {
+        what: speed_of(config, held, Workload(context=context), hardware, ALL_OF_IT)[what]
+        for what, context in contexts.items()
+    }
 
 
 def measured_again(device: Device) -> Device:

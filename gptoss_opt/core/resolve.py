@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..layout import Layout, LayoutError, Mesh, check, check_movable, dense_layout, require
+from ..layout import Layout, LayoutError, Mesh, check, check_movable, dense_layout, require, under_zero
 from .backend import Choice
 from .errors import BackendError, CompatibilityError
 from .record import RECORD, held_by, record_of
@@ -127,7 +127,7 @@ def model_problems(wrappers: Iterable[Spec], model: nn.Module) -> Iterator[str]:
     if compiled := _why_compiled(model):
         yield compiled
         return
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if under_zero(model):
         yield (
             "DeepSpeed's ZeRO-3 holds the parameters of this model, in parts that wrappers cannot read. Wrap the model "
             "first, then deepspeed.initialize what you get; load it outside of deepspeed.zero.Init(), which "

@@ -7,6 +7,7 @@ from itertools import chain
 
 from torch import nn
 
+from .holders import under_fsdp, under_zero
 from .initial import INITS
 from .layout import UNKNOWN, Form, Layout, LayoutError, New
 from .relayout import Held
@@ -66,10 +67,9 @@ def check_movable(layout: Layout, model: nn.Module, held: Mapping[str, Held]) ->
 
 def _holder(model: nn.Module) -> tuple[str, str] | None:
     """What else holds the parameters of a model and gathers them for its forwards, and since which call; or None."""
-    # FSDP2 holds parameters that between a forward and a backward look like any.
-    if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
+    if under_fsdp(model):
         return "FSDP", "fully_shard"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if under_zero(model):
         return "DeepSpeed's ZeRO-3", "deepspeed.initialize"
     return None
 

@@ -29,6 +29,8 @@ class Reached(NamedTuple):
 REACHED = {"cpu": Reached(0.72, 0.70, 1.5e-4), "cuda": Reached(0.45, 0.40, 5e-4)}
 """On a CPU by `python -m benchmarks whole`; on a GPU by the products of packed experts on an H100 (see the benchmarks'
 README). How long starting a layer's kernels takes there is an estimate: about 20 of them, of 25 microseconds each."""
+ALL_OF_IT = Reached(1.0, 1.0, 0.0)
+"""What a machine allows at most."""
 REPLAYED = 0.1
 """The part of that which is left where `ContinuousBatcher` replays steps as CUDA graphs."""
 LATENCY, NETWORK_LATENCY = 12e-6, 30e-6
@@ -47,8 +49,17 @@ class Rate:
         return f"{self.tokens_per_second:,.{digits}f} tokens/s, bound by {self.bound}"
 
 
-def speed_of(config: Any, held: Parameters, work: Workload, hardware: Hardware) -> dict[str, Rate]:
+def speed_of(
+    config: Any, held: Parameters, work: Workload, hardware: Hardware, reached: Reached | None = None
+) -> dict[str, Rate]:
     """Rates by what is done: "decode" and "prefill", or "training"; of all replicas of the model together.
+
+    Args:
+        config: of the model.
+        held: its parameters on the fullest rank.
+        work: what is done.
+        hardware: by what.
+        reached: which part of the device's rates is reached; what this package's kernels do, if left out.
 
     Example:
         >>> from gptoss_opt import compose
@@ -58,12 +69,15 @@ def speed_of(config: Any, held: Parameters, work: Workload, hardware: Hardware) 
         >>> print(speed_of(model.config, held, Workload(), described("1xH100"))["decode"].bound)
         starting kernels
     """
-    many = _many(config, held, work, hardware)
-    return {"training": many} if work.trains else {"decode": _decode(config, held, work, hardware), "prefill": many}
+    reached = reached or REACHED[hardware.device.kind]
+    many = _many(config, held, work, hardware, reached)
+    if work.trains:
+        return {"training": many}
+    return {"decode": _decode(config, held, work, hardware, reached), "prefill": many}
 
 
-def _decode(config: Any, held: Parameters, work: Workload, hardware: Hardware) -> Rate:
-    device, reached = hardware.device, REACHED[hardware.device.kind]
+def _decode(config: Any, held: Parameters, work: Workload, hardware: Hardware, reached: Reached) -> Rate:
+    device = hardware.device
     experts = held.weights.get("experts", 0)
     embedding = round(config.vocab_size * held.words) * config.hidden_size * 2
     # Every token of a batch meets its own experts.
@@ -89,9 +103,9 @@ def _decode(config: Any, held: Parameters, work: Workload, hardware: Hardware) -
     return Rate(hardware.count // held.ranks * work.batch / seconds, bound)
 
 
-def _many(config: Any, held: Parameters, work: Workload, hardware: Hardware) -> Rate:
+def _many(config: Any, held: Parameters, work: Workload, hardware: Hardware, reached: Reached) -> Rate:
     """Prompts, or training: many tokens at once."""
-    device, reached, replicas = hardware.device, REACHED[hardware.device.kind], hardware.count // held.ranks
+    device, replicas = hardware.device, hardware.count // held.ranks
     passes = 1 if not work.trains else (3 if work.task == "full" else 2) + work.checkpointing
     operations = work.tokens * passes * _operations(config, held, work.context, with_head=work.trains)
     times = {

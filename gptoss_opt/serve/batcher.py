@@ -186,8 +186,8 @@ class ContinuousBatcher:
             stop_token_ids: ids that end the completion, beside `eos_token_id`.
             logprobs: for how many of the likeliest tokens to give log-probabilities, beside the chosen one's.
             logprobs_temperature: what logits are divided by for them, as losses of reinforcement learning do.
-            prompt_logprobs: of how many of the prompt's last tokens to give log-probabilities, too. With it,
-                `max_new_tokens` may be 0: the prompt is scored, and nothing is generated.
+            prompt_logprobs: of how many of the prompt's last tokens to give log-probabilities, too, by the model
+                itself. With it, `max_new_tokens` may be 0: the prompt is scored, and nothing is generated.
             options: fields of `GenerationConfig`, heard before `generation_config`: `max_new_tokens`, `do_sample`,
                 `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens`, `eos_token_id`,
                 `stop_strings`, `num_return_sequences`. A temperature, top-k, top-p or min-p turns sampling on; an

@@ -114,7 +114,7 @@ class Options:
         seed: the seed of the draws.
         logprobs: for how many of the likeliest tokens log-probabilities are wanted, beside the chosen one's; None for
             no log-probabilities at all.
-        logprobs_temperature: what logits are divided by for the log-probabilities.
+        logprobs_temperature: what logits are divided by for the log-probabilities of new tokens.
         prompt_logprobs: of how many of the prompt's last tokens log-probabilities are wanted, too.
         num_return_sequences: how many completions are made.
     """

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..core import mesh_of
 from ..core.record import wrapped_model
+from ..layout import under_fsdp
 from ..model import serving
 from ..serve import ContinuousBatcher, Stats
 from ..serve.prompts import unpadded
@@ -243,7 +243,7 @@ def _why_not_on(model: nn.Module) -> Iterator[str]:
             "several ranks hold this model together, and TRL shuffles completions by random numbers of each rank: they "
             "would compute one forward of different rows. Use DDP, under which each rank holds the model."
         )
-    elif any(isinstance(module, FSDPModule) for module in model.modules()):
+    elif under_fsdp(model):
         yield (
             "FSDP holds a part of each parameter on each rank, and ranks that complete prompts of their own would wait "
             "for each other. Use DDP, under which each rank holds the model."

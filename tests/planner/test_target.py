@@ -23,13 +23,11 @@ from gptoss_opt.model.build import build
 from gptoss_opt.planner.parameters import parameters_of
 from gptoss_opt.planner.target import target_of
 from tests.helpers import tiny_config
+from tests.planner.test_memory import STACKS as ALONE
 
 STACKS = {
-    "dense": compose(),
-    "packed": compose(with_mxfp4_experts()),
-    "adapters": compose(with_mxfp4_experts(), with_lora(rank=4)),
+    **ALONE,
     "adapters of head and attention": compose(with_lora(rank=4, targets=("q_proj", "lm_head"))),
-    "all": compose(with_full_finetuning()),
     "sliced": compose(shard_tensor_parallel(degree=2), with_lora()),
     "placed": compose(shard_experts(degree=3), with_lora(), with_mxfp4_experts()),
     "sliced and placed": compose(shard_tensor_parallel(degree=2), shard_experts(degree=2), with_full_finetuning()),
